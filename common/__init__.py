@@ -1,0 +1,16 @@
+"""What the versions share and is not their idea: data, teacher, slicing, EMA, sampling, metrics, checkpoints."""
+
+import torch
+
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass  # only Inception and LPIPS of the real world need it, and they say so themselves
+except RuntimeError as error:
+    # A CPU-only torch beside a CUDA build of torchvision (pip's default on Linux): its compiled operators cannot
+    # load, and its import then fails at the first of them, which takes transformers down with it. Nothing here
+    # calls these operators, so declaring them lets the Python part work.
+    if "torchvision::" not in str(error):
+        raise
+    for _op in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
