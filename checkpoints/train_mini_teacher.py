@@ -2,9 +2,10 @@
 
     python checkpoints/train_mini_teacher.py            # goes on where it stopped
 
-Three stages, each saved every few hundred steps under `checkpoints/mini-teacher-training/` and resumed from there:
+Four stages, each saved every few hundred steps under `checkpoints/mini-teacher-training/` and resumed from there:
 the autoencoder (f = 4, so that 32 px become the 8 x 8 x 4 latents that SD-1.5 sees at 64 px), then U-Net and text
-encoder together on the frozen latents, then the fp16 folder that stock diffusers loads.
+encoder together on the frozen latents, the fp16 folder that stock diffusers loads, and the small classifier that
+reads the drawn categories (for the caption accuracy).
 `checkpoints/mini-teacher/README.md` has the measured time, the loss curve and the scores.
 """
 
@@ -26,10 +27,14 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402, F401  (before diffusers: see there)
 import diffusers.models.upsampling  # noqa: E402
 import numpy as np  # noqa: E402
+from common.cache import encode_pictures  # noqa: E402
+from common.metrics import CategoryReader, caption_accuracy, drawn_objects, object_crops  # noqa: E402
+from common.sampling import decode  # noqa: E402
 from data.draw_mini import draw_mini  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tokenizers import pre_tokenizers, trainers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
@@ -51,6 +56,7 @@ class Settings:
     unet_lr: float = 1.5e-3
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
     compile: bool = True  # torch.compile: 1.4 x the images/s, after one to three minutes (needs a C++ compiler)
+    reader_steps: int = 2_000  # steps of 128 crops of the category reader
     save_every: int = 500
     seed: int = 0
 
@@ -229,6 +235,41 @@ def train_unet(latents: torch.Tensor, captions: list[list[str]], tokenizer: CLIP
     return unet, text_encoder
 
 
+def train_reader(vae: AutoencoderKL, data: Path, pictures: torch.Tensor, val_pictures: torch.Tensor, settings: Settings):
+    """The classifier of drawn categories, on the set's pictures and their reconstructions; prints its accuracy."""
+    with torch.no_grad():
+        def rebuild(batch):
+            return decode(vae, encode_pictures(vae, batch))
+
+        sets = {"train": pictures[:12_000], "val": val_pictures}
+        rebuilt = {k: torch.cat([rebuild(b) for b in tqdm(p.split(250), desc=f"rebuilding {k}")]) for k, p in sets.items()}
+    objects = {}
+    for split in sets:
+        ids = [i["id"] for i in json.loads((data / "annotations" / f"captions_{split}.json").read_text())["images"]]
+        objects[split], names = drawn_objects(data / "annotations" / f"instances_{split}.json", ids)
+    n = len(rebuilt["train"])
+    crops, labels, _ = object_crops(torch.cat([pictures, rebuilt["train"]]), objects["train"] + objects["train"][:n])
+    torch.manual_seed(settings.seed)
+    reader = CategoryReader(len(names)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3, weight_decay=0.05)
+    steps = settings.reader_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="category reader"):
+        pick = torch.randint(len(crops), (128,))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(reader(crops[pick]).float(), labels[pick], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    reader.eval()
+    for kind, tested in (("pictures", val_pictures), ("reconstructions", rebuilt["val"])):
+        one, two = caption_accuracy(reader, tested, objects["val"])
+        print(f"category reader on validation {kind}: {one:.2%} of one object, {two:.2%} both of two")
+    save_file({k: v.contiguous() for k, v in reader.state_dict().items()},
+              Path(settings.out) / "category_reader.safetensors")
+
+
 def main(settings: Settings):
     data = draw_mini()
     pictures, captions = load_split(data, "train")
@@ -244,9 +285,10 @@ def main(settings: Settings):
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=DDIMScheduler(**NOISE_SCHEDULE, steps_offset=1, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(settings.out)
+    pipeline.to(dtype=torch.float16).save_pretrained(settings.out)
+    pipeline.to(dtype=torch.float32)
     (work / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
+    train_reader(vae, data, pictures, val_pictures, settings)
     print(f"The teacher lies in {settings.out}")
 
 

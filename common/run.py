@@ -1,0 +1,134 @@
+"""A run's folder: settings, log, checkpoints that survive a kill, sample sheets, curves, and the closing table."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from common.cache import write_atomically
+
+STATE = "state.pt"
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 on CUDA devices that have it, else fp16 there; fp32 on MPS and CPUs."""
+    if name != "auto":
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+class Run:
+    """The output folder of one training. Raises SystemExit where it holds another run and `resume` is not set."""
+
+    def __init__(self, folder: str, settings, resume: bool):
+        self.folder = Path(folder)
+        self.began = time.time()
+        kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
+        path = self.folder / "settings.json"
+        if path.is_file() and not resume:
+            raise SystemExit(f"error: {folder} holds a run already; go on with --resume, or choose another --out")
+        if resume and path.is_file():
+            before = json.loads(path.read_text())
+            changed = [k for k, v in json.loads(json.dumps(kept)).items() if before.get(k) != v]
+            if changed:
+                raise SystemExit(f"error: {folder} was started with other settings ({', '.join(changed)}); "
+                                 "resume it with the same ones")
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(kept, indent=2).encode())
+
+    def save(self, state: dict):
+        """Write the checkpoint; the previous one stays until this one is whole."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.folder / STATE, buffer.getvalue())
+
+    def load(self) -> dict | None:
+        """The checkpoint on the CPU, None where there is none. Cuts the log back to its step."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        kept = [line for line in self.lines() if line["step"] <= state["step"]]
+        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(k) + "\n" for k in kept).encode())
+        return state
+
+    def lines(self) -> list[dict]:
+        path, lines = self.folder / "metrics.jsonl", []
+        for text in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # the line that a kill cut off
+                pass
+        return lines
+
+    def log(self, **values):
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+
+    def sheet(self, step: int, rows: dict[str, torch.Tensor], captions: list[str], columns: int = 8):
+        """`samples/step_*.png`: one row of pictures for each name, captions under them."""
+        cell, label = 112, 44
+        sheet = Image.new("RGB", (columns * cell, len(rows) * cell + label), "white")
+        draw = ImageDraw.Draw(sheet)
+        for row, pictures in enumerate(rows.values()):
+            for column, picture in enumerate(pictures[:columns]):
+                tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((cell - 4,) * 2, Image.Resampling.NEAREST)
+                sheet.paste(tile, (column * cell, row * cell))
+        for column, caption in enumerate(captions[:columns]):
+            lines = [caption[i : i + 18] for i in range(0, min(len(caption), 54), 18)]
+            draw.text((column * cell, len(rows) * cell), "\n".join(lines), fill="black")
+        sheet.save(self.folder / "samples" / f"step_{step:06d}.png")
+
+    def curves(self):
+        """`curves.png`: the loss, and every metric of the evaluations, against the step."""
+        from matplotlib.figure import Figure
+
+        lines = self.lines()
+        train, evaluations = [x for x in lines if "loss" in x], [x for x in lines if "evaluation" in x]
+        names = ["loss"] + [n for n in (evaluations[0]["evaluation"] if evaluations else {}) if n != "samples"]
+        figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+        for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+            points = train if name == "loss" else [x for x in evaluations if name in x["evaluation"]]
+            axis.plot([x["step"] for x in points], [x[name] if name == "loss" else x["evaluation"][name] for x in points])
+            axis.set(title=name, xlabel="step")
+        figure.savefig(self.folder / "curves.png", dpi=80)
+
+
+def save_student(unet, teacher, folder: Path):
+    """Write the student as a stock pipeline folder: its U-Net with the teacher's other parts."""
+    from diffusers import StableDiffusionPipeline
+
+    partial = Path(folder).with_name(f"{Path(folder).name}.partial-{os.getpid()}")
+    StableDiffusionPipeline(
+        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet,
+        scheduler=teacher.noise_scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Aligned text, one line a row; numbers with four significant digits, `-` where a row has none."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    def cell(value):
+        return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+    cells = [["", *columns]] + [[name, *(cell(row.get(c)) for c in columns)] for name, row in rows.items()]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths)))
+                     for line in cells)

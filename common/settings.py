@@ -1,0 +1,43 @@
+"""A script's settings: one typed dataclass at its top, which is also its command line and its `--help`."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import typing
+
+
+def parse(settings_class, description: str, mini: dict | None = None, argv: list[str] | None = None):
+    """Build `settings_class` from the command line.
+
+    Every field is an option; its default and the comment behind it are its help. `mini` holds the defaults that
+    `--mini` changes; an option that is typed out always wins. A tuple is written as `160,288,320`.
+    """
+    source = inspect.getsource(settings_class)
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))
+    kinds = typing.get_type_hints(settings_class)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(settings_class):
+        kind = kinds[field.name]
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = f"{comments.get(field.name, '')} (default {shown}"
+        if mini and field.name in mini:
+            small = mini[field.name]
+            text += f"; with --mini {','.join(map(str, small)) if isinstance(small, tuple) else small}"
+        options = {"help": (text + ")").replace("%", "%%"), "default": argparse.SUPPRESS, "dest": field.name}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            options["type"], options["metavar"] = lambda text: tuple(int(n) for n in text.split(",")), "N,N,..."
+        else:
+            options["type"], options["metavar"] = kind, kind.__name__.upper()
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    return settings_class(**{**(mini if mini and given.get("mini") else {}), **given})
+
+
+def check(conditions: dict[str, bool]):
+    """Refuse settings that cannot work: {what must hold: whether it does}. Raises SystemExit with the first miss."""
+    for requirement, holds in conditions.items():
+        if not holds:
+            raise SystemExit(f"error: {requirement}")

@@ -1,0 +1,155 @@
+"""The teacher: loading any Stable Diffusion 1.x folder or hub id, and slicing a student's start out of its U-Net."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass
+class Teacher:
+    """The parts of a Stable Diffusion pipeline that distillation needs, frozen and in eval mode."""
+
+    name: str
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    noise_scheduler: DDPMScheduler  # the teacher's own noise schedule
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a latent: 8 for SD-1.5, 4 for the embedded teacher."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:
+    """Load `name`, a folder or a hub id. Raises SystemExit with one line where that cannot be done."""
+    looks_local = Path(name).exists() or name.startswith((".", "/", "checkpoints"))
+    if looks_local and not (Path(name) / "model_index.json").is_file():
+        raise SystemExit(f"error: {name} is no diffusers pipeline folder (it has no model_index.json)")
+
+    def part(kind, subfolder, **options):
+        return kind.from_pretrained(name, subfolder=subfolder, **options)
+
+    try:
+        unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        vae = part(AutoencoderKL, "vae", torch_dtype=dtype)
+        text_encoder = part(CLIPTextModel, "text_encoder", torch_dtype=dtype)
+        tokenizer = part(CLIPTokenizer, "tokenizer")
+        scheduler = part(DDPMScheduler, "scheduler")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SystemExit(
+            f"error: the teacher {name} could not be loaded ({reason[:200]}). Give --teacher a folder or a hub id that "
+            "this machine reaches, or run the embedded world with --mini"
+        ) from None
+    if scheduler.config.prediction_type != "epsilon":
+        raise SystemExit(f"error: {name} predicts {scheduler.config.prediction_type}; only epsilon teachers (SD-1.x) work")
+    for model in (unet, vae, text_encoder):
+        model.eval().requires_grad_(False).to(device)
+    return Teacher(name, unet, vae, text_encoder, tokenizer, scheduler)
+
+
+def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], layers: int, heads: int = 0) -> dict:
+    """The teacher's U-Net config with other widths, as many levels as `channels` has, and `layers` a block.
+
+    Fewer levels keep the outer ones; a student that stops above the teacher's innermost, attention-free level has
+    cross-attention in all of its own. `heads` = 0 keeps the teacher's. Raises SystemExit where it cannot be a slice.
+    """
+    config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
+    wide, levels = teacher.config.block_out_channels, len(channels)
+    groups, heads = config["norm_num_groups"], heads or config["attention_head_dim"]
+    for problem, found in {
+        f"{levels} levels; the teacher has {len(wide)}": levels > len(wide),
+        f"channels {channels} are wider than the teacher's {wide}": any(s > t for s, t in zip(channels, wide)),
+        f"channels {channels} do not all divide into {groups} groups and {heads} heads":
+            any(c % groups or c % heads for c in channels),
+        f"{layers} layers a block; the teacher has {config['layers_per_block']}":
+            not 1 <= layers <= config["layers_per_block"],
+    }.items():
+        if found:
+            raise SystemExit(f"error: this student is no slice of the teacher: {problem}")
+    config |= {
+        "block_out_channels": tuple(channels), "layers_per_block": layers, "attention_head_dim": heads,
+        "down_block_types": config["down_block_types"][:levels],
+        "up_block_types": config["up_block_types"][len(wide) - levels :],
+    }
+    return config
+
+
+def spread(wide: int, narrow: int) -> torch.Tensor:
+    """(narrow,) evenly spaced indices into range(wide).
+
+    Even spacing takes equally many channels of every GroupNorm group, of every attention head and of both halves of a
+    GEGLU projection, and the same channels of a level wherever they appear, as long as those divide both widths.
+    """
+    return ((torch.arange(narrow, dtype=torch.float64) + 0.5) * wide / narrow).long()
+
+
+def heads_spread(wide: int, narrow: int, wide_heads: int, narrow_heads: int) -> torch.Tensor:
+    """(narrow,) indices into `wide` = heads x channels: whole heads are picked first, then channels inside each."""
+    head = spread(wide_heads, narrow_heads)[:, None] * (wide // wide_heads)
+    return (head + spread(wide // wide_heads, narrow // narrow_heads)[None]).flatten()
+
+
+@torch.no_grad()
+def slice_unet(teacher: UNet2DConditionModel, config: dict) -> UNet2DConditionModel:
+    """A student with `config` (see `student_config`) that starts from the teacher's weights.
+
+    Every kept weight is a teacher weight times sqrt(teacher fan-in / student fan-in), so that a sum over fewer
+    channels keeps its variance (weight subcloning, arXiv 2312.09299). Queries and keys also get the fourth root of
+    the ratio of their head sizes each, which keeps the scale of q.k / sqrt(d). With the teacher's own config the
+    student is the teacher, bit for bit.
+    """
+    student = UNet2DConditionModel(**config)
+    t_conf, s_conf = teacher.config, student.config
+    t_wide, s_wide = t_conf.block_out_channels, s_conf.block_out_channels
+    drop = len(t_wide) - len(s_wide)  # the student's up block u is the teacher's up block u + drop
+    last_t, last_s = t_conf.layers_per_block, s_conf.layers_per_block
+
+    def teacher_name(name: str) -> str:
+        match = re.match(r"up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.*)", name)
+        if match:  # the last layer's skip connection comes from another level, so last stays last
+            layer = int(match[3])
+            return f"up_blocks.{int(match[1]) + drop}.{match[2]}.{last_t if layer == last_s else layer}.{match[4]}"
+        return re.sub(r"^up_blocks\.(\d+)", lambda m: f"up_blocks.{int(m[1]) + drop}", name)
+
+    def up_inputs(conf, level: int, layer: int) -> tuple[int, int]:
+        """Channels that resnet `layer` of the up block at `level` gets from below and from its skip connection."""
+        wide = conf.block_out_channels
+        below = wide[min(level + 1, len(wide) - 1)] if layer == 0 else wide[level]
+        return below, wide[max(level - 1, 0)] if layer == conf.layers_per_block else wide[level]
+
+    def indices(name: str, dim: int, t: int, s: int) -> torch.Tensor:
+        if t == s:
+            return torch.arange(t)
+        match = re.match(r"up_blocks\.(\d+)\.resnets\.(\d+)\.(norm1|conv1|conv_shortcut)\.", name)
+        if match and (dim == 1 or match[3] == "norm1"):  # [hidden from below, skip], each sliced for itself
+            level, layer = len(s_wide) - 1 - int(match[1]), int(match[2])
+            t_below, t_skip = up_inputs(t_conf, level, last_t if layer == last_s else layer)
+            s_below, s_skip = up_inputs(s_conf, level, layer)
+            return torch.cat([spread(t_below, s_below), t_below + spread(t_skip, s_skip)])
+        if name == "time_embedding.linear_1.weight" and dim == 1:  # [cosines, sines]: the nearest frequencies
+            half = (torch.arange(s // 2, dtype=torch.float64) * t / s).round().long()
+            return torch.cat([half, t // 2 + half])
+        if re.search(r"attn\d\.to_(q|k|v)\.weight", name) and dim == 0 or ".to_out.0.weight" in name and dim == 1:
+            return heads_spread(t, s, t_conf.attention_head_dim, s_conf.attention_head_dim)
+        return spread(t, s)
+
+    source, sliced = teacher.state_dict(), {}
+    for name, target in student.state_dict().items():
+        weight = source[teacher_name(name)].float()
+        for dim, (t, s) in enumerate(zip(weight.shape, target.shape)):
+            weight = weight.index_select(dim, indices(name, dim, t, s).to(weight.device))
+        if target.ndim > 1:
+            weight = weight * (source[teacher_name(name)].shape[1] / target.shape[1]) ** 0.5
+        if re.search(r"attn\d\.to_(q|k)\.weight", name):
+            t_head = source[teacher_name(name)].shape[0] / t_conf.attention_head_dim
+            weight = weight * (t_head / (target.shape[0] / s_conf.attention_head_dim)) ** 0.25
+        sliced[name] = weight.cpu()
+    student.load_state_dict(sliced)
+    return student
