@@ -24,20 +24,22 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402, F401  (before diffusers: see there)
-import diffusers.models.upsampling  # noqa: E402
-import numpy as np  # noqa: E402
-from common.cache import encode_pictures  # noqa: E402
-from common.metrics import CategoryReader, caption_accuracy, drawn_objects, object_crops  # noqa: E402
-from common.sampling import decode  # noqa: E402
-from data.draw_mini import draw_mini  # noqa: E402
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tokenizers import pre_tokenizers, trainers  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+import common  # noqa: F401  (before diffusers: see there)
+
+# isort: split
+import numpy as np
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from common.cache import encode_pictures
+from common.metrics import CategoryReader, caption_accuracy, drawn_objects, object_crops
+from common.sampling import decode
+from data.draw_mini import draw_mini
 
 PIXELS = 32
 MAX_TOKENS = 24  # the longest drawn caption has 20 words
@@ -55,27 +57,17 @@ class Settings:
     unet_batch: int = 128
     unet_lr: float = 1.5e-3
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
-    compile: bool = True  # torch.compile: 1.4 x the images/s, after one to three minutes (needs a C++ compiler)
     reader_steps: int = 2_000  # steps of 128 crops of the category reader
     save_every: int = 500
     seed: int = 0
-
-
-def compiled(function, settings):
-    """`function` under torch.compile. In bf16, Upsample2D's version check breaks the graph, and the gradients of what
-    stands before the break were then measured to be zero (torch 2.13, CPU); so the check is answered here, and
-    `fullgraph` makes any other break an error."""
-    if not settings.compile:
-        return function
-    diffusers.models.upsampling.is_torch_version = lambda *_: False
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def fit(name, model, loss_of_batch, examples, *, steps, batch, lr, settings):
     """Train `model` (any module tree, in place) on `loss_of_batch(indices)` and leave its EMA weights in it.
 
     Weights are bf16 with an fp32 master copy: on CPUs with bf16 matrix units 1.7 x faster than autocast, which casts
-    the weights anew at every call. Step i draws its batch and its noise from (seed, i) alone, so a resumed run
+    the weights anew at every call. No torch.compile: in bf16 on the CPU its gradients were measured to be wrong (torch
+    2.13: those of most layers vanish). Step i draws its batch and its noise from (seed, i) alone, so a resumed run
     repeats the unbroken one.
     """
     work = Path(settings.work)
@@ -168,11 +160,9 @@ def train_vae(pictures: torch.Tensor, settings: Settings) -> AutoencoderKL:
         kl = posterior.mean.float().square() + posterior.logvar.float().exp() - 1 - posterior.logvar.float()
         return vae.decode(posterior.sample()).sample.float(), 0.5 * kl.mean()
 
-    forward = compiled(reconstruct, settings)
-
     def loss_of_batch(indices):
         x = pictures[indices].float() / 127.5 - 1
-        decoded, kl = forward(x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last))
+        decoded, kl = reconstruct(x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last))
         return F.l1_loss(decoded, x) + 4 * F.mse_loss(decoded, x) + 1e-4 * kl
 
     fit("vae", vae, loss_of_batch, len(pictures), steps=settings.vae_steps, batch=settings.vae_batch,
@@ -215,8 +205,6 @@ def train_unet(latents: torch.Tensor, captions: list[list[str]], tokenizer: CLIP
     def predict(noisy, timesteps, hidden):
         return unet(noisy, timesteps, hidden, return_dict=False)[0]
 
-    forward = compiled(predict, settings)
-
     def loss_of_batch(indices):
         n = len(indices)
         ids = tokens[indices, torch.randint(5, (n,))]
@@ -225,7 +213,7 @@ def train_unet(latents: torch.Tensor, captions: list[list[str]], tokenizer: CLIP
         a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * latents[indices] + (1 - a).sqrt() * noise).to(torch.bfloat16)
         hidden = text_encoder(ids).last_hidden_state
-        noise_pred = forward(noisy.contiguous(memory_format=torch.channels_last), timesteps, hidden)
+        noise_pred = predict(noisy.contiguous(memory_format=torch.channels_last), timesteps, hidden)
         return F.mse_loss(noise_pred.float(), noise)
 
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
@@ -295,7 +283,6 @@ def main(settings: Settings):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Settings):
-        kind = argparse.BooleanOptionalAction if field.type is bool else None
-        parser.add_argument(f"--{field.name}", default=field.default, **({"action": kind} if kind else {"type": field.type}))
+        parser.add_argument(f"--{field.name}", default=field.default, type=field.type)
     os.chdir(ROOT)
     main(Settings(**vars(parser.parse_args())))

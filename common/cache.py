@@ -33,7 +33,7 @@ def fingerprint(*parts) -> str:
         if isinstance(part, torch.nn.Module):
             for name, weight in part.state_dict().items():
                 digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(weight.detach().cpu().float().numpy().tobytes())
         elif isinstance(part, Path):
             digest.update(part.read_bytes())
         else:

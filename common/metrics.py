@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from common.cache import fingerprint
+from common.cache import encode_pictures, fingerprint
+from common.sampling import decode, sample
 
-EFFNET_INPUT_PX = 224
+EFFNET_INPUT_PX = 128  # pictures are 32 px; a third of the time of ImageNet's 224
 
 
 class EffNetLite0(nn.Module):
@@ -227,9 +229,6 @@ class Evaluator:
                               kind, *([self.teacher.vae] if kind == "reconstructions" else []))
             path = self.folder / f"features-{kind}-{key}.npy"
             if not path.is_file():
-                from common.cache import encode_pictures
-                from common.sampling import decode
-
                 pictures = [self.dataset[i] for i in range(count)]
                 pictures = torch.stack([p for p in pictures if p is not None])
                 if kind == "reconstructions":
@@ -243,6 +242,29 @@ class Evaluator:
                 partial.replace(path)
             self._reference[kind, count] = torch.from_numpy(np.load(path))
         return self._reference[kind, count]
+
+    def teacher_side(self, count: int, how: dict, keep: Path | None = None) -> tuple[torch.Tensor, dict]:
+        """What the teacher draws for the first captions with `sample(**how)`, and its row of scores.
+
+        Made once: looked for beside the teacher's weights (`<teacher>/evaluation/`), then in the cache folder, or in
+        `keep`, where it is then written.
+        """
+        teacher, captions = self.teacher, self.captions[:count]
+        key = fingerprint(teacher.unet, teacher.vae, teacher.text_encoder, captions, how, self.features_name,
+                          EFFNET_INPUT_PX)
+        name = f"teacher-{count}-{key}.safetensors"
+        shipped = Path(teacher.name) / "evaluation" / name
+        path = shipped if shipped.is_file() else Path(keep or self.folder) / name
+        if not path.is_file():
+            pictures, seconds = sample(teacher.unet, teacher, captions, progress="teacher's pictures", **how)
+            row = {"parameters": sum(p.numel() for p in teacher.unet.parameters()), **self.score(pictures, pictures),
+                   "seconds an image": seconds}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".tmp")
+            save_file({"pictures": pictures}, partial, metadata={"row": json.dumps(row)})
+            partial.replace(path)
+        with safe_open(path, "pt") as kept:
+            return kept.get_tensor("pictures"), json.loads(kept.metadata()["row"])
 
     def score(self, pictures: torch.Tensor, teacher_pictures: torch.Tensor | None = None) -> dict[str, float]:
         """All metrics of pictures drawn for the first len(pictures) captions; the counts stand in the result."""

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-import time
+import textwrap
 from pathlib import Path
 
 import torch
@@ -37,7 +37,6 @@ class Run:
 
     def __init__(self, folder: str, settings, resume: bool):
         self.folder = Path(folder)
-        self.began = time.time()
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
         path = self.folder / "settings.json"
         if path.is_file() and not resume:
@@ -82,17 +81,8 @@ class Run:
 
     def sheet(self, step: int, rows: dict[str, torch.Tensor], captions: list[str], columns: int = 8):
         """`samples/step_*.png`: one row of pictures for each name, captions under them."""
-        cell, label = 112, 44
-        sheet = Image.new("RGB", (columns * cell, len(rows) * cell + label), "white")
-        draw = ImageDraw.Draw(sheet)
-        for row, pictures in enumerate(rows.values()):
-            for column, picture in enumerate(pictures[:columns]):
-                tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((cell - 4,) * 2, Image.Resampling.NEAREST)
-                sheet.paste(tile, (column * cell, row * cell))
-        for column, caption in enumerate(captions[:columns]):
-            lines = [caption[i : i + 18] for i in range(0, min(len(caption), 54), 18)]
-            draw.text((column * cell, len(rows) * cell), "\n".join(lines), fill="black")
-        sheet.save(self.folder / "samples" / f"step_{step:06d}.png")
+        tall = torch.cat([pictures[:columns] for pictures in rows.values()])
+        save_sheet(self.folder / "samples" / f"step_{step:06d}.png", tall, captions[:columns], columns)
 
     def curves(self):
         """`curves.png`: the loss, and every metric of the evaluations, against the step."""
@@ -107,6 +97,25 @@ class Run:
             axis.plot([x["step"] for x in points], [x[name] if name == "loss" else x["evaluation"][name] for x in points])
             axis.set(title=name, xlabel="step")
         figure.savefig(self.folder / "curves.png", dpi=80)
+
+
+def save_sheet(path: Path, pictures: torch.Tensor, captions: list[str], columns: int = 8):
+    """A PNG of (N, 3, H, W) uint8 pictures in rows of `columns`. With fewer captions than pictures the rows share them and
+    they stand under the last row, else each row has its own."""
+    cell, label = 112, 46
+    shared = len(captions) < len(pictures)
+    rows = -(-len(pictures) // columns)
+    pitch = cell if shared else cell + label
+    sheet = Image.new("RGB", (columns * cell, rows * pitch + (label if shared else 0)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((cell - 4,) * 2, Image.Resampling.NEAREST)
+        sheet.paste(tile, (i % columns * cell, i // columns * pitch))
+    for i, caption in enumerate(captions):
+        lines = "\n".join(textwrap.wrap(caption, 18, max_lines=3))
+        top = rows * cell if shared else i // columns * pitch + cell
+        draw.text((i % columns * cell, top - 3), lines, fill="black")
+    sheet.save(path)
 
 
 def save_student(unet, teacher, folder: Path):

@@ -18,21 +18,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402, F401  (first: it mends a CPU torch beside a CUDA torchvision)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from common.cache import TrainingPairs, fingerprint  # noqa: E402
-from common.coco import CocoCaptions  # noqa: E402
-from common.ema import EMA  # noqa: E402
-from common.metrics import FEATURES, Evaluator, load_reader  # noqa: E402
-from common.run import Run, pick_device, pick_dtype, save_student, table  # noqa: E402
-from common.sampling import SAMPLERS, sample  # noqa: E402
-from common.settings import check, parse  # noqa: E402
-from common.teacher import load_teacher, slice_unet, student_config  # noqa: E402
-from data.draw_mini import draw_mini  # noqa: E402
+from common.cache import TrainingPairs
+from common.coco import CocoCaptions
+from common.ema import EMA
+from common.metrics import FEATURES, Evaluator, load_reader
+from common.run import Run, pick_device, pick_dtype, save_student, table
+from common.sampling import SAMPLERS, sample
+from common.settings import check, parse
+from common.teacher import load_teacher, slice_unet, student_config
+from data.draw_mini import draw_mini
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Settings:
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
     out="checkpoints/v2.2-mini", channels=(16, 32, 32, 48), steps=900, batch_size=64, lr=2e-3, ema_decay=0.99,
-    features="effnet-lite0", guidance=3.0, eval_every=450, eval_samples=100, final_samples=1_000, cache_gb=0.3,
+    features="effnet-lite0", guidance=3.0, eval_every=450, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     save_every=300,
 )
 
@@ -99,8 +98,8 @@ def main(s: Settings):
         "--steps, --batch-size, --eval-samples and --final-samples must be at least 2":
             min(s.steps, s.batch_size, s.eval_samples, s.final_samples) >= 2,
         "--lr must be positive": s.lr > 0,
-        "--alpha-start and --alpha-end must lie in 0..1": 0 <= min(s.alpha_start, s.alpha_end) <= max(s.alpha_start, s.alpha_end) <= 1,
-        "--dropout-start and --dropout-end must lie in 0..1": 0 <= min(s.dropout_start, s.dropout_end) <= max(s.dropout_start, s.dropout_end) <= 1,
+        "--alpha-start and --alpha-end must lie in 0..1": all(0 <= a <= 1 for a in (s.alpha_start, s.alpha_end)),
+        "--dropout-start and --dropout-end must lie in 0..1": all(0 <= d <= 1 for d in (s.dropout_start, s.dropout_end)),
         "--warmup must lie between 0 and 1": 0 < s.warmup < 1,
         f"--sampler must be one of {', '.join(SAMPLERS)}": s.sampler in SAMPLERS,
         f"--features must be one of {', '.join(FEATURES)}": s.features in FEATURES,
@@ -164,24 +163,10 @@ def main(s: Settings):
     how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
                batch=s.eval_batch)
 
-    def teacher_side(count: int) -> tuple[torch.Tensor, dict]:
-        """The teacher's pictures for the first captions and its row of scores, drawn once and cached."""
-        captions = evaluator.captions[:count]
-        key = fingerprint(teacher.unet, teacher.vae, teacher.text_encoder, captions, how, s.features)
-        path = cache / f"teacher-{key}.pt"
-        if not path.is_file():
-            pictures, seconds = sample(teacher.unet, teacher, captions, progress="teacher's pictures", **how)
-            row = {"parameters": teacher_parameters, **evaluator.score(pictures, pictures), "seconds an image": seconds}
-            cache.mkdir(parents=True, exist_ok=True)
-            torch.save({"pictures": pictures, "row": row}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        kept = torch.load(path, weights_only=True)
-        return kept["pictures"], kept["row"]
-
     def evaluate(step: int, count: int) -> tuple[dict, dict]:
         """(teacher's row, student's row); logs it and writes the sheet and the curves."""
         count = min(count, len(val_set))
-        wanted, teacher_row = teacher_side(count)
+        wanted, teacher_row = evaluator.teacher_side(count, how)
         ema.swap(student)
         drawn, seconds = sample(student.eval(), teacher, evaluator.captions[:count], progress="student's pictures", **how)
         ema.swap(student.train())
@@ -196,8 +181,13 @@ def main(s: Settings):
     per_epoch = len(pairs) // s.batch_size
     check({f"--batch-size {s.batch_size} is more than the {len(pairs)} training pictures": per_epoch > 0})
     stop = []
+
+    def on_signal(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: stop.append(received))
+        signal.signal(number, on_signal)
     began, done = time.time(), start
     with tqdm(total=s.steps, initial=start, desc="V-2.2", unit="step") as bar:
         for step in range(start, s.steps):

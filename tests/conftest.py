@@ -1,0 +1,41 @@
+"""What several tests use: the repository's root on the path, the drawn set, the embedded teacher, tiny folders."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+from PIL import Image
+
+import common  # noqa: F401
+from common.teacher import load_teacher
+from data.draw_mini import Painter, annotations, draw_mini, plan_set
+
+
+@pytest.fixture(scope="session")
+def mini():
+    return draw_mini()
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    return load_teacher(str(ROOT / "checkpoints" / "mini-teacher"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory):
+    """A COCO-format folder of 48 training and 16 validation scenes."""
+    root = tmp_path_factory.mktemp("small set")
+    (root / "annotations").mkdir()
+    scenes, painter = plan_set(64), Painter()
+    for split, part, first in (("train", scenes[:48], 1), ("val", scenes[48:], 49)):
+        (root / split).mkdir()
+        captions, _ = annotations(part, first)
+        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(captions))
+        for image, (scene, _) in zip(captions["images"], part):
+            Image.fromarray(painter.paint(scene)).save(root / split / image["file_name"])
+    return root

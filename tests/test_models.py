@@ -1,0 +1,171 @@
+"""Slicing, EMA, sampling and metrics against independent references."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from common.ema import EMA
+from common.metrics import EffNetLite0, caption_accuracy, frechet_distance, kernel_distance, load_reader
+from common.sampling import sample
+from common.teacher import heads_spread, load_teacher, slice_unet, spread, student_config
+
+
+def predictions(*unets):
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    hidden = torch.randn(2, 24, 128)
+    with torch.no_grad():
+        return [u(x, t, hidden).sample for u in unets]
+
+
+def test_a_student_of_the_teachers_shape_is_the_teacher(teacher):
+    student = slice_unet(teacher.unet, student_config(teacher.unet, (64, 96, 128, 160), 2)).eval()
+    a, b = predictions(teacher.unet, student)
+    assert (a - b).abs().max() < 1e-5
+
+
+def test_spread_takes_equally_from_groups_heads_and_halves():
+    for wide, narrow, parts in ((1280, 320, 32), (640, 288, 32), (320, 160, 8), (1024, 256, 2)):
+        picked = spread(wide, narrow)
+        counts = torch.bincount(picked // (wide // parts), minlength=parts)
+        assert len(set(picked.tolist())) == narrow and (counts == narrow // parts).all()
+    whole = heads_spread(64, 32, 8, 4)  # four whole heads of eight channels
+    assert sorted(set((whole // 8).tolist())) == [1, 3, 5, 7] and len(set(whole.tolist())) == 32
+
+
+def test_slice_keeps_both_parts_of_a_concatenated_input(teacher):
+    student = slice_unet(teacher.unet, student_config(teacher.unet, (16, 32, 32, 48), 2))
+    # up block 0, resnet 2 reads [160 channels from below, 128 of the skip]; the student [48, 32]
+    wide = teacher.unet.up_blocks[0].resnets[2].norm1.weight
+    narrow = student.up_blocks[0].resnets[2].norm1.weight
+    want = torch.cat([wide[:160][spread(160, 48)], wide[160:][spread(128, 32)]])
+    torch.testing.assert_close(narrow.detach(), want)
+    picked = teacher.unet.conv_out.weight[:, spread(64, 16)] * (64 / 16) ** 0.5
+    torch.testing.assert_close(student.conv_out.weight.detach(), picked)
+
+
+def test_slices_of_fewer_levels_and_layers_predict(teacher):
+    for channels, layers in (((32, 64, 96), 2), ((16, 32, 32, 48), 1)):
+        student = slice_unet(teacher.unet, student_config(teacher.unet, channels, layers))
+        assert torch.isfinite(predictions(student)[0]).all()
+
+
+def test_the_real_student_has_65_m_parameters():
+    with torch.device("meta"):
+        sd15 = UNet2DConditionModel(cross_attention_dim=768)
+        assert sum(p.numel() for p in sd15.parameters()) == 859_520_964
+        student = UNet2DConditionModel(**student_config(sd15, (160, 288, 320), 2))
+    assert sum(p.numel() for p in student.parameters()) == 64_869_348
+
+
+@pytest.mark.parametrize("channels, layers", [((128, 96, 128, 160), 2), ((20, 32, 32, 48), 2), ((16,) * 5, 2),
+                                              ((16, 32), 3)])
+def test_impossible_students_are_refused(teacher, channels, layers):
+    with pytest.raises(SystemExit, match="no slice of the teacher"):
+        student_config(teacher.unet, channels, layers)
+
+
+def test_a_teacher_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="no diffusers pipeline folder"):
+        load_teacher(str(tmp_path), torch.device("cpu"))
+    with pytest.raises(SystemExit, match="--mini"):
+        load_teacher("nobody/no-such-model", torch.device("cpu"))
+
+
+def test_ema_against_its_closed_form():
+    model, decay = torch.nn.Linear(1, 1, bias=False), 0.9
+    ema = EMA(model, decay)
+    values, want = np.linspace(-1, 2, 400), float(model.weight)
+    for step, value in enumerate(values):
+        model.weight.data.fill_(value)
+        ema.update(model, step)
+        d = min(decay, (1 + step) / (10 + step))
+        want = d * want + (1 - d) * value
+    assert abs(ema.shadow[0].item() - want) < 1e-5
+    # with d constant and weights growing by h a step the average lags by h d / (1 - d)
+    assert abs(values[-1] - want - (values[1] - values[0]) * decay / (1 - decay)) < 1e-6
+    ema.swap(model)
+    assert abs(model.weight.item() - want) < 1e-5 and abs(ema.shadow[0].item() - values[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("sampler, scheduler", [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
+def test_sampling_equals_diffusers_pipeline(teacher, sampler, scheduler):
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "checkpoints" / "mini-teacher", safety_checker=None)
+    pipeline.scheduler = scheduler.from_config(teacher.noise_scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    captions = ["a large cat on the left on the grass", "a cup to the left of a clock at night"]
+    theirs = pipeline(captions, num_inference_steps=6, guidance_scale=3.0, output_type="np", height=32, width=32,
+                      generator=torch.Generator().manual_seed(7)).images
+    ours, _ = sample(teacher.unet, teacher, captions, sampler=sampler, steps=6, guidance=3.0, seed=7, size_px=32)
+    assert (ours.permute(0, 2, 3, 1).numpy() - theirs * 255).__abs__().max() <= 1
+
+
+def test_frechet_distance_of_known_gaussians():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(3_000, 6)), generator.normal(size=(3_000, 6)) @ generator.normal(size=(6, 6)) + 1
+    mean = np.sum((a.mean(0) - b.mean(0)) ** 2)
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(ca)
+    root = vectors * np.sqrt(values) @ vectors.T
+    want = mean + np.trace(ca + cb) - 2 * np.sqrt(np.linalg.eigvalsh(root @ cb @ root)).sum()
+    found = frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    assert abs(found - want) / want < 1e-3
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    assert abs(found - calculate_frechet_distance(a.mean(0), ca, b.mean(0), cb)) / want < 1e-3
+
+
+def test_kernel_distance_against_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = torch.randn(200, 16, dtype=torch.float64), torch.randn(200, 16, dtype=torch.float64) + 0.3
+
+    def kernel(x, y):
+        return (x @ y.T / 16 + 1) ** 3
+
+    from torchmetrics.image.kid import maximum_mean_discrepancy
+
+    want = maximum_mean_discrepancy(kernel(a, a), kernel(a, b), kernel(b, b)).item()
+    assert abs(kernel_distance(a, b) - want) < 1e-9
+    assert abs(poly_mmd(a, b, 3, None, 1.0).item() - want) < 1e-9
+
+
+def test_perceptual_distance_and_features(mini):
+    from PIL import Image
+
+    network = EffNetLite0()
+    pictures = torch.stack([torch.from_numpy(np.asarray(Image.open(p)).copy()).permute(2, 0, 1)
+                            for p in sorted((mini / "val").iterdir())[:3]])
+    with torch.no_grad():
+        assert network.distance(pictures, pictures).abs().max() == 0
+        assert network.distance(pictures, pictures.flip(0))[0] > 0.1
+        pooled, maps = network.maps(pictures)
+        x = torch.nn.functional.interpolate(pictures.float(), (128, 128), mode="bilinear")
+        theirs = network.net.extract_features((x - 127) / 128).mean((2, 3))
+    torch.testing.assert_close(pooled, theirs, rtol=1e-3, atol=1e-3)
+    assert [m.shape[1] for m in maps] == [16, 24, 40, 112, 320]
+
+
+def test_the_category_reader_reads_validation_pictures(mini):
+    from common.coco import CocoCaptions
+    from common.metrics import drawn_objects
+
+    reader = load_reader(ROOT / "checkpoints" / "mini-teacher")
+    data = CocoCaptions(mini, "val", 32, limit=600)
+    objects, names = drawn_objects(mini / "annotations" / "instances_val.json", data.image_ids)
+    pictures = torch.stack([data[i] for i in range(len(data))])
+    one, two = caption_accuracy(reader, pictures, objects)
+    assert len(names) == 60 and one >= 0.95 and two >= 0.95
+    swapped = [o[::-1] for o in objects]
+    assert caption_accuracy(reader, pictures, swapped)[1] < 0.05  # the side counts
+
+
+def test_the_shipped_teacher_loads_as_a_stock_pipeline(teacher):
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "checkpoints" / "mini-teacher", safety_checker=None)
+    assert pipeline.unet.config.block_out_channels == [64, 96, 128, 160] or pipeline.unet.config.block_out_channels == (
+        64, 96, 128, 160)
+    assert copy.deepcopy(teacher.vae.config.latent_channels) == 4
