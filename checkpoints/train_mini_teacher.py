@@ -275,6 +275,9 @@ def main(settings: Settings):
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipeline.to(dtype=torch.float16).save_pretrained(settings.out)
     pipeline.to(dtype=torch.float32)
+    # diffusers loads fp16 files as fp32 unless told otherwise, transformers as the config says: let both say fp32
+    text_encoder.config.dtype = torch.float32
+    text_encoder.config.save_pretrained(Path(settings.out) / "text_encoder")
     (work / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
     train_reader(vae, data, pictures, val_pictures, settings)
     print(f"The teacher lies in {settings.out}")

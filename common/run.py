@@ -119,14 +119,14 @@ def save_sheet(path: Path, pictures: torch.Tensor, captions: list[str], columns:
 
 
 def save_student(unet, teacher, folder: Path):
-    """Write the student as a stock pipeline folder: its U-Net with the teacher's other parts."""
+    """Write the student as a stock pipeline folder, in fp32: its U-Net with the teacher's other parts."""
     from diffusers import StableDiffusionPipeline
 
     partial = Path(folder).with_name(f"{Path(folder).name}.partial-{os.getpid()}")
     StableDiffusionPipeline(
         vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet,
         scheduler=teacher.noise_scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(partial)
+    ).to(dtype=torch.float32).save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

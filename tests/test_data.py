@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import json
+import re
 import threading
 import zipfile
 
@@ -16,7 +17,7 @@ from common.cache import TrainingPairs, encode_pictures
 from common.coco import CocoCaptions, load_image
 from common.sampling import encode_captions
 from data import download_coco
-from data.draw_mini import CATEGORIES, SIZE_PX, Painter, annotations, plan_set
+from data.draw_mini import CATEGORIES, SIZE_PX, Painter, annotations, article, plan_set
 
 
 def test_annotations_are_the_same_on_every_machine():
@@ -49,11 +50,12 @@ def test_captions_are_true():
         names = [CATEGORIES[c][0] for c, *_ in scene["objects"]]
         assert len(set(captions)) == 5
         assert all(name in caption for name in names for caption in captions)
-        for caption in captions:
-            if "left of" in caption:
-                assert caption.index(names[0]) < caption.index(names[1])
+        for caption in captions if len(names) == 2 else []:
+            left, right = (re.search(rf"\b{article(name)}\b", caption).start() for name in names)
+            if "left of" in caption or "on the left" in caption:
+                assert left < right
             if "right of" in caption:
-                assert caption.index(names[1]) < caption.index(names[0])
+                assert right < left
 
 
 def test_pycocotools_reads_the_set(mini):
