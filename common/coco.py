@@ -19,7 +19,7 @@ def load_image(path: Path, size_px: int) -> np.ndarray:
         image = ImageOps.exif_transpose(image).convert("RGB")
     if image.size != (size_px, size_px):
         image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.array(image)
 
 
 class CocoCaptions(torch.utils.data.Dataset):
