@@ -2,7 +2,7 @@
 
     python checkpoints/train_mini_teacher.py            # goes on where it stopped
 
-Four stages, each saved every few hundred steps under `checkpoints/mini-teacher-training/` and resumed from there:
+Four stages, the two long ones saved every few hundred steps under `checkpoints/mini-teacher-training/` and resumed:
 the autoencoder (f = 4, so that 32 px become the 8 x 8 x 4 latents that SD-1.5 sees at 64 px), then U-Net and text
 encoder together on the frozen latents, the fp16 folder that stock diffusers loads, and the small classifier that
 reads the drawn categories (for the caption accuracy).
@@ -202,9 +202,6 @@ def train_unet(latents: torch.Tensor, captions: list[list[str]], tokenizer: CLIP
     empty = torch.tensor(tokenizer("", padding="max_length", max_length=MAX_TOKENS).input_ids)
     alphas_cumprod = DDIMScheduler(**NOISE_SCHEDULE).alphas_cumprod
 
-    def predict(noisy, timesteps, hidden):
-        return unet(noisy, timesteps, hidden, return_dict=False)[0]
-
     def loss_of_batch(indices):
         n = len(indices)
         ids = tokens[indices, torch.randint(5, (n,))]
@@ -213,7 +210,8 @@ def train_unet(latents: torch.Tensor, captions: list[list[str]], tokenizer: CLIP
         a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * latents[indices] + (1 - a).sqrt() * noise).to(torch.bfloat16)
         hidden = text_encoder(ids).last_hidden_state
-        noise_pred = predict(noisy.contiguous(memory_format=torch.channels_last), timesteps, hidden)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        noise_pred = unet(noisy, timesteps, hidden, return_dict=False)[0]
         return F.mse_loss(noise_pred.float(), noise)
 
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
