@@ -2,10 +2,11 @@
 
     python checkpoints/train_mini_teacher.py            # goes on where it stopped
 
-Four stages, the two long ones saved every few hundred steps under `checkpoints/mini-teacher-training/` and resumed:
+Five stages, the long ones saved every few hundred steps under `checkpoints/mini-teacher-training/` and resumed:
 the autoencoder (f = 4, so that 32 px become the 8 x 8 x 4 latents that SD-1.5 sees at 64 px), then U-Net and text
-encoder together on the frozen latents, the fp16 folder that stock diffusers loads, and the small classifier that
-reads the drawn categories (for the caption accuracy).
+encoder together on the frozen latents, the same once more with most of each batch from the scenes of two objects
+(the hard ones), the fp16 folder that stock diffusers loads, and the small classifier that reads the drawn categories
+(for the caption accuracy). `--start FOLDER` refines an existing teacher: only its U-Net and text encoder are trained on.
 `checkpoints/mini-teacher/README.md` has the measured time, the loss curve and the scores.
 """
 
@@ -50,12 +51,16 @@ NOISE_SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.0
 class Settings:
     out: str = "checkpoints/mini-teacher"  # the pipeline folder to write
     work: str = "checkpoints/mini-teacher-training"  # where the stages keep their checkpoints and log
+    start: str = ""  # a teacher to refine in place of the first two stages
     vae_steps: int = 5_500  # autoencoder steps
     vae_batch: int = 32
     vae_lr: float = 1.5e-3
     unet_steps: int = 5_200  # U-Net and text encoder steps
     unet_batch: int = 128
     unet_lr: float = 1.5e-3
+    refine_steps: int = 6_000  # more steps of the same, from those weights
+    refine_lr: float = 1e-3
+    refine_share: float = 2 / 3  # share of each refining batch with two objects (a third of the set)
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
     reader_steps: int = 2_000  # steps of 128 crops of the category reader
     save_every: int = 500
@@ -185,40 +190,41 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
     return -10 * torch.stack(errors).mean().log10().item()
 
 
-def train_unet(latents: torch.Tensor, captions: list[list[str]], tokenizer: CLIPTokenizer, settings: Settings):
-    """U-Net (SD-1.5's topology) and text encoder, on noise prediction."""
-    torch.manual_seed(settings.seed)
+def new_unet(tokenizer: CLIPTokenizer, seed: int) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """U-Net (SD-1.5's topology) and text encoder with random weights."""
+    torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(64, 96, 128, 160), layers_per_block=2, cross_attention_dim=128,
-        attention_head_dim=4, norm_num_groups=16).to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())  # on CPUs faster than the fused kernel's backward at 64 positions
+        attention_head_dim=4, norm_num_groups=16)
     eos = tokenizer.eos_token_id
-    text_encoder = CLIPTextModel(CLIPTextConfig(
+    return unet, CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=eos, pad_token_id=eos, attn_implementation="eager"))
+        eos_token_id=eos, pad_token_id=eos))
+
+
+def train_unet(name, unet, text_encoder, tokenizer, latents, captions, scenes, *, steps, lr, settings):
+    """Train U-Net and text encoder (in place) on noise prediction; `scenes` (M,) indices of pictures, repeats allowed."""
+    unet.set_attn_processor(AttnProcessor())  # on CPUs faster than the fused kernel's backward at 64 positions
+    text_encoder.set_attn_implementation("eager")
     tokens = torch.tensor(tokenizer([c for five in captions for c in five], padding="max_length", truncation=True,
                                     max_length=MAX_TOKENS).input_ids).view(len(captions), 5, MAX_TOKENS)
     empty = torch.tensor(tokenizer("", padding="max_length", max_length=MAX_TOKENS).input_ids)
     alphas_cumprod = DDIMScheduler(**NOISE_SCHEDULE).alphas_cumprod
 
     def loss_of_batch(indices):
-        n = len(indices)
+        indices, n = scenes[indices], len(indices)
         ids = tokens[indices, torch.randint(5, (n,))]
         ids = torch.where(torch.rand(n, 1) < settings.caption_dropout, empty, ids)
         timesteps, noise = torch.randint(1000, (n,)), torch.randn(n, 4, 8, 8)
         a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * latents[indices] + (1 - a).sqrt() * noise).to(torch.bfloat16)
-        hidden = text_encoder(ids).last_hidden_state
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        noise_pred = unet(noisy, timesteps, hidden, return_dict=False)[0]
+        noise_pred = unet(noisy, timesteps, text_encoder(ids).last_hidden_state, return_dict=False)[0]
         return F.mse_loss(noise_pred.float(), noise)
 
-    both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    fit("unet", both, loss_of_batch, len(latents), steps=settings.unet_steps, batch=settings.unet_batch,
-        lr=settings.unet_lr, settings=settings)
+    both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).requires_grad_(True).train()
+    fit(name, both, loss_of_batch, len(scenes), steps=steps, batch=settings.unet_batch, lr=lr, settings=settings)
     unet.set_default_attn_processor()
-    return unet, text_encoder
 
 
 def train_reader(vae: AutoencoderKL, data: Path, pictures: torch.Tensor, val_pictures: torch.Tensor, settings: Settings):
@@ -260,13 +266,30 @@ def main(settings: Settings):
     data = draw_mini()
     pictures, captions = load_split(data, "train")
     val_pictures, _ = load_split(data, "val")
-    vae = train_vae(pictures, settings)
-    print(f"autoencoder: {psnr(vae, val_pictures):.2f} dB PSNR on {len(val_pictures):,} validation images")
-    latents = encode(vae, pictures)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     work = Path(settings.work)
-    tokenizer = train_tokenizer([c for five in captions for c in five], work / "tokenizer")
-    unet, text_encoder = train_unet(latents * vae.config.scaling_factor, captions, tokenizer, settings)
+    work.mkdir(parents=True, exist_ok=True)
+    if settings.start:
+        start = StableDiffusionPipeline.from_pretrained(settings.start, safety_checker=None)
+        vae, tokenizer, unet, text_encoder = start.vae, start.tokenizer, start.unet, start.text_encoder
+        latents = encode(vae, pictures)
+    else:
+        vae = train_vae(pictures, settings)
+        latents = encode(vae, pictures)
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        tokenizer = train_tokenizer([c for five in captions for c in five], work / "tokenizer")
+        unet, text_encoder = new_unet(tokenizer, settings.seed)
+    print(f"autoencoder: {psnr(vae, val_pictures):.2f} dB PSNR on {len(val_pictures):,} validation images")
+    given = unet, text_encoder, tokenizer, latents * vae.config.scaling_factor, captions
+    if not settings.start:
+        train_unet("unet", *given, torch.arange(len(captions)), steps=settings.unet_steps, lr=settings.unet_lr,
+                   settings=settings)
+    ids = [i["id"] for i in json.loads((data / "annotations" / "captions_train.json").read_text())["images"]]
+    objects, _ = drawn_objects(data / "annotations" / "instances_train.json", ids)
+    two = torch.tensor([len(of_scene) == 2 for of_scene in objects])
+    one, two = torch.nonzero(~two)[:, 0], torch.nonzero(two)[:, 0]
+    repeats = round(settings.refine_share / (1 - settings.refine_share) * len(one) / len(two))
+    train_unet("refine", *given, torch.cat([one, two.repeat(repeats)]), steps=settings.refine_steps,
+               lr=settings.refine_lr, settings=settings)
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=DDIMScheduler(**NOISE_SCHEDULE, steps_offset=1, clip_sample=False, set_alpha_to_one=False),

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from common.coco import CocoCaptions, pictures
-from common.sampling import encode_captions
+from common.sampling import encode_captions, encode_pictures
 
 
 def write_atomically(path: Path, content: bytes):
@@ -41,12 +41,6 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()
 
 
-def encode_pictures(vae, batch: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (n, 4, h, w) of (n, 3, H, W) uint8: the posterior's mean, so that an epoch repeats."""
-    x = batch.to(vae.device, vae.dtype) / 127.5 - 1
-    return vae.encode(x).latent_dist.mean * vae.config.scaling_factor
-
-
 class TrainingPairs:
     """(latents, caption embedding) pairs of a data set, from the cache or encoded on the fly.
 
@@ -57,7 +51,7 @@ class TrainingPairs:
 
     def __init__(self, dataset: CocoCaptions, teacher, folder: Path | None, *, caption_gb: float, device, workers=0):
         self.dataset, self.teacher, self.device, self.folder = dataset, teacher, device, None
-        self.usable = np.arange(len(dataset))
+        self.usable, self._order = np.arange(len(dataset)), None
         self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).to(device)
         if folder is None:
             return
@@ -141,6 +135,20 @@ class TrainingPairs:
         self.embeddings = self._filled(f"captions-{len(texts)}", (len(texts), *self.empty.shape[1:]), produce, "cap")
         if len(texts) < len(order):
             print(f"{len(texts):,} of {len(order):,} captions are cached; the rest are encoded on the fly")
+
+    def draw(self, step: int, batch_size: int, dropout: float, seed: int):
+        """The batch of one step: latents (B, 4, h, w), caption embeddings (B, tokens, width), and a CPU generator for its
+        noise and timesteps. All of it depends on (seed, step) alone, so a resumed run repeats the unbroken one.
+
+        Pictures come in a new order each epoch, each with one of its captions, or the empty one at rate `dropout`.
+        """
+        epoch, place = divmod(step, len(self) // batch_size)
+        if self._order is None or self._order[0] != (seed, epoch):
+            self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
+        rng = np.random.default_rng([seed, 1, step])
+        indices = self._order[1][place * batch_size : (place + 1) * batch_size]
+        choices = np.where(rng.random(batch_size) < dropout, -1, rng.integers(0, 60, batch_size))
+        return *self.batch(indices, choices), torch.Generator().manual_seed(int(rng.integers(2**62)))
 
     def batch(self, indices: np.ndarray, choices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.usable[indices]

@@ -14,13 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from torchmetrics.image import PeakSignalNoiseRatio
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from common.cache import encode_pictures
 from common.coco import CocoCaptions
 from common.metrics import Evaluator, load_reader
 from common.run import pick_device, save_sheet, table
-from common.sampling import decode, sample
+from common.sampling import reconstruct
 from common.settings import parse
 from common.teacher import load_teacher
 from data.draw_mini import draw_mini
@@ -48,24 +47,17 @@ def main(s: Settings):
     teacher = load_teacher(name, device)
     val = CocoCaptions(data, "val", 32, limit=s.samples)
     count = len(val)
-    evaluator = Evaluator("effnet-lite0", val, teacher, cache, device, load_reader(Path(name)))
     how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=32, batch=s.batch)
+    evaluator = Evaluator("effnet-lite0", val, teacher, cache, device, how, load_reader(Path(name)))
 
-    psnr = PeakSignalNoiseRatio(data_range=255.0)
     real = torch.stack([val[i] for i in range(count)])
-    with torch.no_grad():
-        for part in real.split(250):
-            psnr.update(decode(teacher.vae, encode_pictures(teacher.vae, part)).cpu().float(), part.float())
-    print(f"autoencoder: {psnr.compute():.2f} dB PSNR over {count:,} validation pictures")
+    psnr = peak_signal_noise_ratio(reconstruct(teacher.vae, real).float(), real.float(), data_range=255.0)
+    print(f"autoencoder: {psnr:.2f} dB PSNR over {count:,} validation pictures")
 
-    pictures, row = evaluator.teacher_side(count, how, keep=Path(name) / "evaluation" if s.ship else None)
-    rows, shown = {"teacher": row}, pictures
+    shown, row = evaluator.teacher_side(count, keep=Path(name) / "evaluation" if s.ship else None)
+    rows = {"teacher": row}
     if s.model:
-        student = load_teacher(s.model, device).unet
-        drawn, seconds = sample(student, teacher, evaluator.captions, progress="student's pictures", **how)
-        shown = drawn
-        rows["student"] = {"parameters": sum(p.numel() for p in student.parameters()),
-                           **evaluator.score(drawn, pictures), "seconds an image": seconds}
+        shown, rows["student"] = evaluator.student_side(load_teacher(s.model, device).unet, count)
     if s.sheet:
         save_sheet(Path(s.sheet), shown[:64], evaluator.captions[:64])
     if s.bounds:

@@ -7,6 +7,7 @@ pip package) for the embedded world, where the names are FD(effnet-lite0), KID(e
 
 import contextlib
 import importlib.util
+import io
 import json
 import warnings
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
-from common.cache import encode_pictures, fingerprint
-from common.sampling import decode, sample
+from common.cache import fingerprint, write_atomically
+from common.sampling import reconstruct, sample
 
 EFFNET_INPUT_PX = 128  # pictures are 32 px; a third of the time of ImageNet's 224
 
@@ -200,21 +201,23 @@ class _Features(nn.Module):
 class Evaluator:
     """Scores pictures of the first validation captions against the validation set and the teacher.
 
-    `teacher_pictures` are what the teacher draws for `captions` with the same noise, sampler, steps and guidance.
-    Everything of the frozen side (features of the real pictures, of their reconstructions) is computed once and kept
-    in `folder`, keyed by what it depends on.
+    `how` are the options of `sample`; a student's pictures start from the same noise as the teacher's. Everything of
+    the frozen side (features of the real pictures and of their reconstructions, the teacher's pictures) is computed
+    once and kept in `folder`, keyed by what it depends on.
     """
 
-    def __init__(self, features: str, dataset, teacher, folder: Path, device, reader: CategoryReader | None = None):
+    def __init__(self, features: str, dataset, teacher, folder: Path, device, how: dict,
+                 reader: CategoryReader | None = None):
         network, self.fd_name, self.kid_name, self.pd_name = FEATURES[features]
         self.network, self.features_name = network().to(device), features
-        self.dataset, self.teacher, self.folder, self.device = dataset, teacher, Path(folder), device
+        self.dataset, self.teacher, self.folder, self.device, self.how = dataset, teacher, Path(folder), device, how
         self.reader, self.objects = reader, None
         if reader is not None:
+            self.reader = reader.to(device)
             instances = dataset.root / "annotations" / f"instances_{dataset.split}.json"
             self.objects, _ = drawn_objects(instances, dataset.image_ids)
         self.captions = [c[0] for c in dataset.captions]
-        self._reference = {}
+        self._reference, self._teacher_side = {}, {}
 
     @torch.no_grad()
     def features(self, pictures: torch.Tensor, progress: str = "") -> torch.Tensor:
@@ -232,39 +235,45 @@ class Evaluator:
                 pictures = [self.dataset[i] for i in range(count)]
                 pictures = torch.stack([p for p in pictures if p is not None])
                 if kind == "reconstructions":
-                    with torch.no_grad():
-                        pictures = torch.cat([decode(self.teacher.vae, encode_pictures(self.teacher.vae, p)).cpu()
-                                              for p in pictures.split(250)])
-                found = self.features(pictures, f"features of {kind} pictures").numpy()
+                    pictures = reconstruct(self.teacher.vae, pictures)
+                buffer = io.BytesIO()
+                np.save(buffer, self.features(pictures, f"features of {kind} pictures").numpy())
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".tmp.npy")
-                np.save(partial, found)
-                partial.replace(path)
+                write_atomically(path, buffer.getvalue())
             self._reference[kind, count] = torch.from_numpy(np.load(path))
         return self._reference[kind, count]
 
-    def teacher_side(self, count: int, how: dict, keep: Path | None = None) -> tuple[torch.Tensor, dict]:
-        """What the teacher draws for the first captions with `sample(**how)`, and its row of scores.
+    def teacher_side(self, count: int, keep: Path | None = None) -> tuple[torch.Tensor, dict]:
+        """What the teacher draws for the first captions, and its row of scores.
 
         Made once: looked for beside the teacher's weights (`<teacher>/evaluation/`), then in the cache folder, or in
-        `keep`, where it is then written.
+        `keep`, where it is then written. The teacher's U-Net is needed for the first call of each count only.
         """
-        teacher, captions = self.teacher, self.captions[:count]
-        key = fingerprint(teacher.unet, teacher.vae, teacher.text_encoder, captions, how, self.features_name,
-                          EFFNET_INPUT_PX)
-        name = f"teacher-{count}-{key}.safetensors"
-        shipped = Path(teacher.name) / "evaluation" / name
-        path = shipped if shipped.is_file() else Path(keep or self.folder) / name
-        if not path.is_file():
-            pictures, seconds = sample(teacher.unet, teacher, captions, progress="teacher's pictures", **how)
-            row = {"parameters": sum(p.numel() for p in teacher.unet.parameters()), **self.score(pictures, pictures),
-                   "seconds an image": seconds}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".tmp")
-            save_file({"pictures": pictures}, partial, metadata={"row": json.dumps(row)})
-            partial.replace(path)
-        with safe_open(path, "pt") as kept:
-            return kept.get_tensor("pictures"), json.loads(kept.metadata()["row"])
+        count = min(count, len(self.captions))
+        if count not in self._teacher_side:
+            teacher, captions = self.teacher, self.captions[:count]
+            key = fingerprint(teacher.unet, teacher.vae, teacher.text_encoder, captions, self.how, self.features_name,
+                              EFFNET_INPUT_PX)
+            name = f"teacher-{count}-{key}.safetensors"
+            shipped = Path(teacher.name) / "evaluation" / name
+            path = shipped if shipped.is_file() else Path(keep or self.folder) / name
+            if not path.is_file():
+                pictures, seconds = sample(teacher.unet, teacher, captions, progress="teacher's pictures", **self.how)
+                row = {"parameters": sum(p.numel() for p in teacher.unet.parameters()), **self.score(pictures, pictures),
+                       "seconds an image": seconds}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, save({"pictures": pictures}, metadata={"row": json.dumps(row)}))
+            with safe_open(path, "pt") as kept:
+                self._teacher_side[count] = kept.get_tensor("pictures"), json.loads(kept.metadata()["row"])
+        return self._teacher_side[count]
+
+    def student_side(self, unet, count: int) -> tuple[torch.Tensor, dict]:
+        """The same of a student, whose pictures are also compared with the teacher's."""
+        wanted, _ = self.teacher_side(count)
+        count = len(wanted)
+        drawn, seconds = sample(unet, self.teacher, self.captions[:count], progress="student's pictures", **self.how)
+        return drawn, {"parameters": sum(p.numel() for p in unet.parameters()), **self.score(drawn, wanted),
+                       "seconds an image": seconds}
 
     def score(self, pictures: torch.Tensor, teacher_pictures: torch.Tensor | None = None) -> dict[str, float]:
         """All metrics of pictures drawn for the first len(pictures) captions; the counts stand in the result."""

@@ -4,16 +4,18 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import shutil
+import signal
 import textwrap
+import time
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from common.cache import write_atomically
-
-STATE = "state.pt"
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,38 +35,114 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Run:
-    """The output folder of one training. Raises SystemExit where it holds another run and `resume` is not set."""
+    """The output folder of one training. Raises SystemExit where it holds another run, or other settings."""
 
     def __init__(self, folder: str, settings, resume: bool):
-        self.folder = Path(folder)
-        kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
+        self.folder, self.reported = Path(folder), {}
+        self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
         path = self.folder / "settings.json"
         if path.is_file() and not resume:
             raise SystemExit(f"error: {folder} holds a run already; go on with --resume, or choose another --out")
-        if resume and path.is_file():
+        if path.is_file():
             before = json.loads(path.read_text())
-            changed = [k for k, v in json.loads(json.dumps(kept)).items() if before.get(k) != v]
+            changed = [k for k, v in json.loads(json.dumps(self.settings)).items() if before.get(k) != v]
             if changed:
                 raise SystemExit(f"error: {folder} was started with other settings ({', '.join(changed)}); "
                                  "resume it with the same ones")
+
+    def start(self):
+        """Make the folder and write the settings."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(kept, indent=2).encode())
+        write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2).encode())
 
-    def save(self, state: dict):
-        """Write the checkpoint; the previous one stays until this one is whole."""
+    def save(self, step: int, learner):
+        """Write `state-<step>.pt`; the checkpoint before it stays, any older one goes."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.folder / STATE, buffer.getvalue())
+        torch.save({"step": step, **learner.state_dict()}, buffer)
+        write_atomically(self.folder / f"state-{step:08d}.pt", buffer.getvalue())
+        for old in self.checkpoints()[2:]:
+            old.unlink()
 
-    def load(self) -> dict | None:
-        """The checkpoint on the CPU, None where there is none. Cuts the log back to its step."""
-        path = self.folder / STATE
-        if not path.is_file():
-            return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        kept = [line for line in self.lines() if line["step"] <= state["step"]]
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(k) + "\n" for k in kept).encode())
-        return state
+    def checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob("state-????????.pt"), reverse=True)
+
+    def restore(self, learner) -> int:
+        """Load the newest checkpoint that is whole, cut the log back to its step, and return that; 0 if there is none."""
+        for path in self.checkpoints():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                print(f"{path.name} is broken ({type(error).__name__}); trying the one before it")
+                path.unlink()
+                continue
+            learner.load_state_dict(state)
+            kept = [line for line in self.lines() if line["step"] <= state["step"]]
+            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(k) + "\n" for k in kept).encode())
+            print(f"going on at step {state['step']:,}")
+            return state["step"]
+        return 0
+
+    def steps(self, learner, s, title: str, evaluate):
+        """Yield the steps that are left to train. After each one: log what was `report`ed, save a checkpoint, call
+        `evaluate(steps done, pictures)`, each at its interval in the settings `s`. Ctrl-C and SIGTERM save first.
+
+        Raises SystemExit after a signal (exit code 130 or 143), and after `s.max_bad_steps` steps in a row whose
+        gradients were not finite.
+        """
+        start = self.restore(learner) if s.resume else 0
+        signals = []
+
+        def on_signal(number, _):
+            signals.append(number)
+            signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+        def due(done):
+            return s.eval_every and done and done % s.eval_every == 0 and done < s.steps
+
+        def small_evaluation(done):
+            row = evaluate(done, s.eval_samples)
+            bar.write(f"step {done:,}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "parameters"))
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        spent = 0.0
+        try:
+            with tqdm(total=s.steps, initial=start, desc=title, unit="step") as bar:
+                if due(start) and not any(x["step"] == start and "evaluation" in x for x in self.lines()):
+                    small_evaluation(start)  # the stop came between the checkpoint and its evaluation
+                for step in range(start, s.steps):
+                    began, done = time.perf_counter(), step + 1
+                    yield step
+                    bar.update()
+                    if done % s.log_every == 0 or done == s.steps:
+                        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in self.reported.items()}
+                        skipped, in_a_row = learner.bad_steps()
+                        spent += time.perf_counter() - began
+                        speed = (done - start) * s.batch_size / spent
+                        self.log(step=done, **values, skipped_steps=skipped, images_per_s=speed)
+                        bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}")
+                        if in_a_row >= s.max_bad_steps:
+                            self.save(done, learner)
+                            raise SystemExit(
+                                f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are "
+                                "saved. Try again in another folder with a lower --lr, or --dtype bf16 or fp32")
+                    else:
+                        spent += time.perf_counter() - began
+                    if signals or done % s.save_every == 0 or done == s.steps:
+                        self.save(done, learner)
+                    if signals:
+                        bar.close()
+                        print(f"stopped at step {done:,}; go on with --resume")
+                        raise SystemExit(128 + signals[0])
+                    if due(done):
+                        small_evaluation(done)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def report(self, **values):
+        """What the log shall say of this step: numbers, or scalar tensors, which are only read where a line is due."""
+        self.reported = values
 
     def lines(self) -> list[dict]:
         path, lines = self.folder / "metrics.jsonl", []

@@ -20,6 +20,12 @@ def encode_captions(text_encoder, tokenizer, captions: list[str], batch: int = 2
     return torch.cat(chunks)
 
 
+def encode_pictures(vae, batch: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (n, 4, h, w) of (n, 3, H, W) uint8: the posterior's mean, so that an epoch repeats."""
+    x = batch.to(vae.device, vae.dtype) / 127.5 - 1
+    return vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+
+
 @torch.no_grad()
 def decode(vae, latents: torch.Tensor, batch: int = 250) -> torch.Tensor:
     """(N, 3, H, W) uint8 pictures of scaled latents (N, 4, h, w)."""
@@ -28,6 +34,12 @@ def decode(vae, latents: torch.Tensor, batch: int = 250) -> torch.Tensor:
         picture = vae.decode(chunk.to(vae.dtype) / vae.config.scaling_factor).sample
         pictures.append((picture.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(pictures)
+
+
+@torch.no_grad()
+def reconstruct(vae, pictures: torch.Tensor, batch: int = 250) -> torch.Tensor:
+    """(N, 3, H, W) uint8 pictures through the autoencoder and back, on the CPU."""
+    return torch.cat([decode(vae, encode_pictures(vae, part)).cpu() for part in pictures.split(batch)])
 
 
 @torch.no_grad()

@@ -28,7 +28,9 @@ def parse(settings_class, description: str, mini: dict | None = None, argv: list
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options["type"], options["metavar"] = lambda text: tuple(int(n) for n in text.split(",")), "N,N,..."
+            element = typing.get_args(kind)[0]
+            options["type"] = lambda text, element=element: tuple(element(part) for part in text.split(","))
+            options["metavar"] = "N,N,..." if element is int else "NAME,..."
         else:
             options["type"], options["metavar"] = kind, kind.__name__.upper()
         parser.add_argument("--" + field.name.replace("_", "-"), **options)

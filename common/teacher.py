@@ -54,15 +54,17 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     return Teacher(name, unet, vae, text_encoder, tokenizer, scheduler)
 
 
-def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], layers: int, heads: int = 0) -> dict:
+def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], layers: int, heads: int = 0,
+                   groups: int = 0) -> dict:
     """The teacher's U-Net config with other widths, as many levels as `channels` has, and `layers` a block.
 
     Fewer levels keep the outer ones; a student that stops above the teacher's innermost, attention-free level has
-    cross-attention in all of its own. `heads` = 0 keeps the teacher's. Raises SystemExit where it cannot be a slice.
+    cross-attention in all of its own. 0 `heads` or GroupNorm `groups` keep the teacher's number. Raises SystemExit
+    where it cannot be a slice.
     """
     config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
     wide, levels = teacher.config.block_out_channels, len(channels)
-    groups, heads = config["norm_num_groups"], heads or config["attention_head_dim"]
+    groups, heads = groups or config["norm_num_groups"], heads or config["attention_head_dim"]
     for problem, found in {
         f"{levels} levels; the teacher has {len(wide)}": levels > len(wide),
         f"channels {channels} are wider than the teacher's {wide}": any(s > t for s, t in zip(channels, wide)),
@@ -75,6 +77,7 @@ def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], lay
             raise SystemExit(f"error: this student is no slice of the teacher: {problem}")
     config |= {
         "block_out_channels": tuple(channels), "layers_per_block": layers, "attention_head_dim": heads,
+        "norm_num_groups": groups,
         "down_block_types": config["down_block_types"][:levels],
         "up_block_types": config["up_block_types"][len(wide) - levels :],
     }
