@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,13 @@ def fingerprint(*parts) -> str:
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()
+
+
+class Batch(NamedTuple):
+    latents: torch.Tensor  # (B, 4, h, w) scaled
+    hidden: torch.Tensor  # (B, tokens, width) the text encoder's states of the captions
+    noise: torch.Tensor  # (B, 4, h, w) standard normal
+    timesteps: torch.Tensor  # (B,)
 
 
 class TrainingPairs:
@@ -136,11 +144,12 @@ class TrainingPairs:
         if len(texts) < len(order):
             print(f"{len(texts):,} of {len(order):,} captions are cached; the rest are encoded on the fly")
 
-    def draw(self, step: int, batch_size: int, dropout: float, seed: int):
-        """The batch of one step: latents (B, 4, h, w), caption embeddings (B, tokens, width), and a CPU generator for its
-        noise and timesteps. All of it depends on (seed, step) alone, so a resumed run repeats the unbroken one.
+    def draw(self, step: int, batch_size: int, dropout: float, seed: int, *, chain: torch.Tensor | None = None,
+             part: int = 0, parts: int = 1) -> Batch:
+        """The batch of one step. It depends on (seed, step) alone, so a resumed run repeats the unbroken one.
 
-        Pictures come in a new order each epoch, each with one of its captions, or the empty one at rate `dropout`.
+        Pictures come in a new order each epoch, each with one of its captions, or the empty one at rate `dropout`, at
+        timesteps out of `chain` (all of the noise schedule's). Of `parts` equal shares only share `part` is returned.
         """
         epoch, place = divmod(step, len(self) // batch_size)
         if self._order is None or self._order[0] != (seed, epoch):
@@ -148,7 +157,14 @@ class TrainingPairs:
         rng = np.random.default_rng([seed, 1, step])
         indices = self._order[1][place * batch_size : (place + 1) * batch_size]
         choices = np.where(rng.random(batch_size) < dropout, -1, rng.integers(0, 60, batch_size))
-        return *self.batch(indices, choices), torch.Generator().manual_seed(int(rng.integers(2**62)))
+        mine = slice(batch_size // parts * part, batch_size // parts * (part + 1))
+        latents, hidden = self.batch(indices[mine], choices[mine])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = torch.randn((batch_size, *latents.shape[1:]), generator=generator)[mine].to(self.device)
+        if chain is None:
+            chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
+        timesteps = chain[torch.randint(len(chain), (batch_size,), generator=generator)[mine]].to(self.device)
+        return Batch(latents, hidden, noise, timesteps)
 
     def batch(self, indices: np.ndarray, choices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.usable[indices]

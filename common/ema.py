@@ -15,6 +15,13 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.shadow, [p.detach() for p in model.parameters()], 1 - decay)
 
+    def state_dict(self) -> dict:
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state: dict):
+        for average, saved in zip(self.shadow, state["shadow"], strict=True):
+            average.copy_(saved)
+
     @torch.no_grad()
     def swap(self, model: torch.nn.Module):
         """Exchange the model's weights with the average; a second call puts them back."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -203,14 +204,16 @@ class Evaluator:
 
     `how` are the options of `sample`; a student's pictures start from the same noise as the teacher's. Everything of
     the frozen side (features of the real pictures and of their reconstructions, the teacher's pictures) is computed
-    once and kept in `folder`, keyed by what it depends on.
+    once and kept in `folder`, keyed by what it depends on. With an Accelerate `accelerator` its processes draw and
+    look at their shares, and all must call the same methods.
     """
 
     def __init__(self, features: str, dataset, teacher, folder: Path, device, how: dict,
-                 reader: CategoryReader | None = None):
+                 reader: CategoryReader | None = None, accelerator=None):
         network, self.fd_name, self.kid_name, self.pd_name = FEATURES[features]
         self.network, self.features_name = network().to(device), features
         self.dataset, self.teacher, self.folder, self.device, self.how = dataset, teacher, Path(folder), device, how
+        self.accelerator = accelerator if accelerator and accelerator.num_processes > 1 else None
         self.reader, self.objects = reader, None
         if reader is not None:
             self.reader = reader.to(device)
@@ -219,11 +222,35 @@ class Evaluator:
         self.captions = [c[0] for c in dataset.captions]
         self._reference, self._teacher_side = {}, {}
 
+    def _together(self, count: int, compute, progress: str) -> list:
+        """[compute(0), ..., compute(count - 1)], each computed by one of the processes and known to all of them."""
+        first, of = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
+        bar = tqdm(range(first, count, of), desc=progress, leave=False, disable=not progress or first > 0)
+        found = [(i, compute(i)) for i in bar]
+        if self.accelerator:
+            found = sorted(gather_object(found), key=lambda pair: pair[0])
+        return [value for _, value in found]
+
+    def _kept(self, path: Path) -> bool:
+        """Whether every process finds the file: they must all go the same way."""
+        return all(gather_object([path.is_file()])) if self.accelerator else path.is_file()
+
     @torch.no_grad()
     def features(self, pictures: torch.Tensor, progress: str = "") -> torch.Tensor:
         """(N, D) float32 on the CPU."""
-        chunks = tqdm(pictures.split(50), desc=progress, leave=False, disable=not progress)
-        return torch.cat([self.network(c.to(self.device)).float().cpu() for c in chunks])
+        chunks = pictures.split(50)
+        return torch.cat(self._together(
+            len(chunks), lambda i: self.network(chunks[i].to(self.device)).float().cpu(), progress))
+
+    def _draw(self, unet, captions: list[str], progress: str) -> tuple[torch.Tensor, float]:
+        """What `sample` gives for all captions: pictures, seconds a picture."""
+        batch = self.how["batch"]
+        def one_batch(i):
+            return sample(unet, self.teacher, captions[i * batch : (i + 1) * batch],
+                          **self.how | {"seed": self.how["seed"] + i})
+
+        drawn = self._together(-(-len(captions) // batch), one_batch, progress)
+        return torch.cat([p for p, _ in drawn]), sum(s * len(p) for p, s in drawn) / len(captions)
 
     def reference(self, kind: str, count: int) -> torch.Tensor:
         """Features of the first `count` `real` validation pictures, or of their `reconstructions`."""
@@ -231,7 +258,7 @@ class Evaluator:
             key = fingerprint(self.features_name, EFFNET_INPUT_PX, self.dataset.annotations, self.dataset.size_px, count,
                               kind, *([self.teacher.vae] if kind == "reconstructions" else []))
             path = self.folder / f"features-{kind}-{key}.npy"
-            if not path.is_file():
+            if not self._kept(path):
                 pictures = [self.dataset[i] for i in range(count)]
                 pictures = torch.stack([p for p in pictures if p is not None])
                 if kind == "reconstructions":
@@ -257,8 +284,8 @@ class Evaluator:
             name = f"teacher-{count}-{key}.safetensors"
             shipped = Path(teacher.name) / "evaluation" / name
             path = shipped if shipped.is_file() else Path(keep or self.folder) / name
-            if not path.is_file():
-                pictures, seconds = sample(teacher.unet, teacher, captions, progress="teacher's pictures", **self.how)
+            if not self._kept(path):
+                pictures, seconds = self._draw(teacher.unet, captions, "teacher's pictures")
                 row = {"parameters": sum(p.numel() for p in teacher.unet.parameters()), **self.score(pictures, pictures),
                        "seconds an image": seconds}
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +298,7 @@ class Evaluator:
         """The same of a student, whose pictures are also compared with the teacher's."""
         wanted, _ = self.teacher_side(count)
         count = len(wanted)
-        drawn, seconds = sample(unet, self.teacher, self.captions[:count], progress="student's pictures", **self.how)
+        drawn, seconds = self._draw(unet, self.captions[:count], "student's pictures")
         return drawn, {"parameters": sum(p.numel() for p in unet.parameters()), **self.score(drawn, wanted),
                        "seconds an image": seconds}
 

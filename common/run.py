@@ -1,10 +1,8 @@
 """A run's folder: settings, log, checkpoints that survive a kill, sample sheets, curves, and the closing table."""
 
 import dataclasses
-import io
 import json
 import os
-import pickle
 import shutil
 import signal
 import textwrap
@@ -12,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -35,12 +34,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Run:
-    """The output folder of one training. Raises SystemExit where it holds another run, or other settings."""
+    """The output folder of one training. Raises SystemExit where it holds another run, or other settings.
 
-    def __init__(self, folder: str, settings, resume: bool):
-        self.folder, self.reported = Path(folder), {}
+    Of several processes only the `main` one looks at it and writes to it.
+    """
+
+    def __init__(self, folder: str, settings, resume: bool, main: bool = True):
+        self.folder, self.reported, self.main = Path(folder), {}, main
         self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
         path = self.folder / "settings.json"
+        if not main:
+            return
         if path.is_file() and not resume:
             raise SystemExit(f"error: {folder} holds a run already; go on with --resume, or choose another --out")
         if path.is_file():
@@ -52,45 +56,27 @@ class Run:
 
     def start(self):
         """Make the folder and write the settings."""
+        if not self.main:
+            return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2).encode())
 
-    def save(self, step: int, learner):
-        """Write `state-<step>.pt`; the checkpoint before it stays, any older one goes."""
-        buffer = io.BytesIO()
-        torch.save({"step": step, **learner.state_dict()}, buffer)
-        write_atomically(self.folder / f"state-{step:08d}.pt", buffer.getvalue())
-        for old in self.checkpoints()[2:]:
-            old.unlink()
-
-    def checkpoints(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self.folder.glob("state-????????.pt"), reverse=True)
-
-    def restore(self, learner) -> int:
-        """Load the newest checkpoint that is whole, cut the log back to its step, and return that; 0 if there is none."""
-        for path in self.checkpoints():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                print(f"{path.name} is broken ({type(error).__name__}); trying the one before it")
-                path.unlink()
-                continue
-            learner.load_state_dict(state)
-            kept = [line for line in self.lines() if line["step"] <= state["step"]]
-            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(k) + "\n" for k in kept).encode())
-            print(f"going on at step {state['step']:,}")
-            return state["step"]
-        return 0
+    def cut_log(self, step: int):
+        """Forget what was logged after `step`: it will be logged again."""
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+        write_atomically(self.folder / "metrics.jsonl", "".join(kept).encode())
 
     def steps(self, learner, s, title: str, evaluate):
         """Yield the steps that are left to train. After each one: log what was `report`ed, save a checkpoint, call
         `evaluate(steps done, pictures)`, each at its interval in the settings `s`. Ctrl-C and SIGTERM save first.
+        `learner` is a `common.training.Learner` or has its methods.
 
         Raises SystemExit after a signal (exit code 130 or 143), and after `s.max_bad_steps` steps in a row whose
         gradients were not finite.
         """
-        start = self.restore(learner) if s.resume else 0
+        start = learner.restore(self.folder) if s.resume else 0
+        if start and self.main:
+            self.cut_log(start)
         signals = []
 
         def on_signal(number, _):
@@ -107,7 +93,7 @@ class Run:
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         spent = 0.0
         try:
-            with tqdm(total=s.steps, initial=start, desc=title, unit="step") as bar:
+            with tqdm(total=s.steps, initial=start, desc=title, unit="step", disable=not self.main) as bar:
                 if due(start) and not any(x["step"] == start and "evaluation" in x for x in self.lines()):
                     small_evaluation(start)  # the stop came between the checkpoint and its evaluation
                 for step in range(start, s.steps):
@@ -118,22 +104,24 @@ class Run:
                         values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in self.reported.items()}
                         skipped, in_a_row = learner.bad_steps()
                         spent += time.perf_counter() - began
-                        speed = (done - start) * s.batch_size / spent
+                        speed = (done - start) * learner.batch_size / spent
                         self.log(step=done, **values, skipped_steps=skipped, images_per_s=speed)
                         bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}")
                         if in_a_row >= s.max_bad_steps:
-                            self.save(done, learner)
+                            learner.save(self.folder, done)
                             raise SystemExit(
                                 f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are "
                                 "saved. Try again in another folder with a lower --lr, or --dtype bf16 or fp32")
                     else:
                         spent += time.perf_counter() - began
-                    if signals or done % s.save_every == 0 or done == s.steps:
-                        self.save(done, learner)
-                    if signals:
+                    signal_number = learner.agree(signals[0] if signals else 0, done)
+                    if signal_number or done % s.save_every == 0 or done == s.steps:
+                        learner.save(self.folder, done)
+                    if signal_number:
                         bar.close()
-                        print(f"stopped at step {done:,}; go on with --resume")
-                        raise SystemExit(128 + signals[0])
+                        if self.main:
+                            print(f"stopped at step {done:,}; go on with --resume")
+                        raise SystemExit(128 + signal_number)
                     if due(done):
                         small_evaluation(done)
         finally:
@@ -154,6 +142,8 @@ class Run:
         return lines
 
     def log(self, **values):
+        if not self.main:
+            return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
 
@@ -196,8 +186,8 @@ def save_sheet(path: Path, pictures: torch.Tensor, captions: list[str], columns:
     sheet.save(path)
 
 
-def save_student(unet, teacher, folder: Path):
-    """Write the student as a stock pipeline folder, in fp32: its U-Net with the teacher's other parts."""
+def save_student(unet, teacher, folder: Path, card: str):
+    """Write the student as a stock pipeline folder, in fp32: its U-Net, the teacher's other parts, the model card."""
     from diffusers import StableDiffusionPipeline
 
     partial = Path(folder).with_name(f"{Path(folder).name}.partial-{os.getpid()}")
@@ -205,8 +195,29 @@ def save_student(unet, teacher, folder: Path):
         vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet,
         scheduler=teacher.noise_scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(dtype=torch.float32).save_pretrained(partial)
+    (partial / "README.md").write_text(card, "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def model_card(title: str, s, row: dict, teacher_row: dict, how: str) -> str:
+    """The README.md of a saved student, with the metadata block that the Hugging Face hub reads."""
+    drawn = s.mini
+    metadata = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "distillation"],
+                "license": "cc-by-sa-4.0" if drawn else "creativeml-openrail-m",
+                "base_model": None if drawn else s.teacher, "datasets": None if drawn else ["coco2017"]}
+    results = [{"task": {"type": "text-to-image"}, "dataset": {"name": f"{s.data} ({s.val_split})", "type": "captions"},
+                "metrics": [{"type": name, "value": round(value, 5), "name": name} for name, value in row.items()
+                            if isinstance(value, float) and name != "seconds an image"]}]
+    metadata = {k: v for k, v in metadata.items() if v} | {"model-index": [{"name": title, "results": results}]}
+    licence = ("The pictures that it learned from are drawn from OpenMoji's glyphs (CC BY-SA 4.0)." if drawn else
+               "The weights derive from Stable Diffusion 1.5 and keep its licence, CreativeML OpenRAIL-M.")
+    lines = "\n".join(f"| {name} | {teacher_row.get(name, '-')} | {value} |" for name, value in row.items())
+    return (f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n# {title}\n\nA student of {row['parameters'] / 1e6:.2f} M "
+            f"U-Net parameters, distilled from `{s.teacher}` at {s.resolution} px on `{s.data}`.\n\n"
+            f"    from diffusers import StableDiffusionPipeline\n    pipeline = StableDiffusionPipeline.from_pretrained("
+            f"\"this folder\", safety_checker=None)\n\nMeasured with {how}:\n\n| | teacher | student |\n|---|---|---|\n"
+            f"{lines}\n\n{licence}\n")
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -4,7 +4,6 @@ import time
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from tqdm import tqdm
 
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 
@@ -44,7 +43,7 @@ def reconstruct(vae, pictures: torch.Tensor, batch: int = 250) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guidance=5.0, seed=0, size_px=64,
-           batch=64, dtype=None, progress="") -> tuple[torch.Tensor, float]:
+           batch=64, dtype=None) -> tuple[torch.Tensor, float]:
     """Draw one picture a caption: ((N, 3, size_px, size_px) uint8 on the CPU, seconds a picture).
 
     Noise comes from one CPU generator seeded with `seed + index of the batch`: the same captions and batch give two
@@ -57,8 +56,7 @@ def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guid
     empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).to(dtype)
     side = size_px // teacher.vae_factor
     pictures, began = [], time.perf_counter()
-    starts = range(0, len(captions), batch)
-    for number, i in enumerate(tqdm(starts, desc=progress, leave=False, disable=not progress)):
+    for number, i in enumerate(range(0, len(captions), batch)):
         part = captions[i : i + batch]
         n = len(part)
         hidden = encode_captions(teacher.text_encoder, teacher.tokenizer, part).to(dtype)

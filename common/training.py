@@ -1,15 +1,18 @@
 """What the versions' training shares: data and teacher, the student's optimization, evaluation, the closing table."""
 
+import contextlib
+import io
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common.cache import TrainingPairs
+from common.cache import TrainingPairs, write_atomically
 from common.coco import CocoCaptions
 from common.ema import EMA
 from common.metrics import FEATURES, Evaluator, load_reader
-from common.run import Run, pick_device, pick_dtype, save_student, table
+from common.run import Run, model_card, pick_device, pick_dtype, save_student, table
 from common.sampling import SAMPLERS
 from common.settings import check
 from common.teacher import Teacher, load_teacher, slice_unet, student_config
@@ -40,8 +43,11 @@ class World:
         return unet(noisy.to(unet.dtype), timesteps, hidden.to(unet.dtype), return_dict=False)[0].float()
 
 
-def prepare(s, more_checks: dict[str, bool] | None = None) -> World:
+def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accelerator=None) -> World:
     """Check the settings `s`, load data and teacher, make the student's start and the caches.
+
+    `config_of(teacher's U-Net)` gives the student's config; without it, that is the slice which `s` describes. With an
+    Accelerate `accelerator`, its device and precision hold, and one process fills the caches before the others read.
 
     Raises SystemExit with one line where something is missing or cannot work, before anything heavy starts.
     """
@@ -53,44 +59,52 @@ def prepare(s, more_checks: dict[str, bool] | None = None) -> World:
         "--weight-decay, --cache-gb, --workers and --eval-every must not be negative":
             min(s.weight_decay, s.cache_gb, s.workers, s.eval_every) >= 0,
         "--sample-steps must lie in 1..1000": 1 <= s.sample_steps <= 1000,
-        "--save-every, --log-every, --eval-batch, --layers and --max-bad-steps must be at least 1":
-            min(s.save_every, s.log_every, s.eval_batch, s.layers, s.max_bad_steps) >= 1,
+        "--save-every, --log-every, --eval-batch and --max-bad-steps must be at least 1":
+            min(s.save_every, s.log_every, s.eval_batch, s.max_bad_steps) >= 1,
         f"--sampler must be one of {', '.join(SAMPLERS)}": s.sampler in SAMPLERS,
         f"--features must be one of {', '.join(FEATURES)}": s.features in FEATURES,
-        "--dtype must be auto, fp32, fp16 or bf16": s.dtype in ("auto", "fp32", "fp16", "bf16"),
+        "--dtype must be auto, fp32, fp16 or bf16": accelerator or s.dtype in ("auto", "fp32", "fp16", "bf16"),
         **(more_checks or {}),
     })
-    device = pick_device(s.device)
-    dtype = pick_dtype(s.dtype, device)
-    run = Run(s.out, s, s.resume)
+    main = accelerator is None or accelerator.is_main_process
+    run = Run(s.out, s, s.resume, main)
+    if accelerator is None:
+        device = pick_device(s.device)
+        dtype = pick_dtype(s.dtype, device)
+    else:
+        device = accelerator.device
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     torch.manual_seed(s.seed)
-    data, name = Path(s.data), s.teacher
-    if s.mini:
-        data = draw_mini(ROOT / s.data)
-        name = str(ROOT / s.teacher) if (ROOT / s.teacher).is_dir() else s.teacher
-    train_set = CocoCaptions(data, s.train_split, s.resolution)
-    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
-    teacher = load_teacher(name, device, dtype if device.type == "cuda" else torch.float32)
-    check({
-        f"--resolution must be a multiple of {8 * teacher.vae_factor}": s.resolution % (8 * teacher.vae_factor) == 0,
-        f"--batch-size {s.batch_size} is more than the {len(train_set)} training pictures": s.batch_size <= len(train_set),
-    })
-    config = student_config(teacher.unet, s.channels, s.layers, groups=s.groups)
-    student = type(teacher.unet)(**config) if s.random_start else slice_unet(teacher.unet, config)
-    for model in (student.to(device).train(), teacher.unet):
-        model.to(memory_format=torch.channels_last)
-    run.start()
-    cache = ROOT / "data" / "cache"
-    pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device,
-                          workers=s.workers)
-    left_out = ", ".join(f"{n} {why}" for why, n in train_set.skipped.items() if n)
-    print(f"{len(pairs):,} training pictures" + (f" (left out: {left_out})" if left_out else ""))
-    check({f"--batch-size {s.batch_size} is more than the {len(pairs)} training pictures": s.batch_size <= len(pairs)})
+    with accelerator.local_main_process_first() if accelerator else contextlib.nullcontext():
+        data, name = Path(s.data), s.teacher
+        if s.mini:
+            data = draw_mini(ROOT / s.data)
+            name = str(ROOT / s.teacher) if (ROOT / s.teacher).is_dir() else s.teacher
+        train_set = CocoCaptions(data, s.train_split, s.resolution)
+        val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
+        teacher = load_teacher(name, device, dtype if device.type == "cuda" else torch.float32)
+        factor, too_few = 8 * teacher.vae_factor, "--batch-size {} is more than the {} training pictures"
+        check({f"--resolution must be a multiple of {factor}": s.resolution % factor == 0,
+               too_few.format(s.batch_size, len(train_set)): s.batch_size <= len(train_set)})
+        config = config_of(teacher.unet) if config_of else student_config(teacher.unet, s.channels, s.layers, groups=s.groups)
+        config["sample_size"] = s.resolution // teacher.vae_factor
+        student = type(teacher.unet)(**config) if s.random_start else slice_unet(teacher.unet, config)
+        for model in (student.to(device).train(), teacher.unet):
+            model.to(memory_format=torch.channels_last)
+        run.start()
+        cache = ROOT / "data" / "cache"
+        pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device,
+                              workers=s.workers)
+    check({too_few.format(s.batch_size, len(pairs)): s.batch_size <= len(pairs)})
     how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
                batch=s.eval_batch)
-    evaluator = Evaluator(s.features, val_set, teacher, cache, device, how, load_reader(Path(name)) if s.mini else None)
-    ours, theirs = (sum(p.numel() for p in unet.parameters()) for unet in (student, teacher.unet))
-    print(f"student: {ours / 1e6:.2f} M parameters, {ours / theirs:.1%} of the teacher's U-Net")
+    evaluator = Evaluator(s.features, val_set, teacher, cache, device, how, load_reader(Path(name)) if s.mini else None,
+                          accelerator)
+    if main:
+        left_out = ", ".join(f"{n} {why}" for why, n in train_set.skipped.items() if n)
+        print(f"{len(pairs):,} training pictures" + (f" (left out: {left_out})" if left_out else ""))
+        ours, theirs = (sum(p.numel() for p in unet.parameters()) for unet in (student, teacher.unet))
+        print(f"student: {ours / 1e6:.2f} M parameters, {ours / theirs:.1%} of the teacher's U-Net")
     return World(teacher, student, pairs, evaluator, run, device, dtype)
 
 
@@ -107,6 +121,7 @@ class Learner:
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, s.lr, total_steps=s.steps, pct_start=s.warmup)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         self.ema = EMA(self.student, s.ema_decay)
+        self.batch_size, self.kept = s.batch_size, ("student", "extra", "ema", "optimizer", "scheduler", "scaler")
         self.skipped = torch.zeros(2, device=world.device)  # steps without finite gradients: in all, in a row
 
     @property
@@ -137,17 +152,34 @@ class Learner:
         in_all, in_a_row = self.skipped.tolist()
         return int(in_all), int(in_a_row)
 
-    def state_dict(self) -> dict:
-        return {"student": self.student.state_dict(), "extra": self.extra.state_dict(), "ema": self.ema.shadow,
-                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "scaler": self.scaler.state_dict(), "skipped": self.skipped}
+    def agree(self, signal_number: int, step: int) -> int:
+        """The signal to stop for, if any; where several processes train, they must find the same one."""
+        return signal_number
 
-    def load_state_dict(self, state: dict):
-        for part in ("student", "extra", "optimizer", "scheduler", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
-        for average, saved in zip(self.ema.shadow, state["ema"]):
-            average.copy_(saved)
-        self.skipped.copy_(state["skipped"])
+    def save(self, folder: Path, step: int):
+        """Write `state-<step>.pt`; the checkpoint before it stays, any older one goes."""
+        parts = {name: getattr(self, name).state_dict() for name in self.kept}
+        buffer = io.BytesIO()
+        torch.save({"step": step, "skipped": self.skipped, **parts}, buffer)
+        write_atomically(folder / f"state-{step:08d}.pt", buffer.getvalue())
+        for old in sorted(folder.glob("state-????????.pt"))[:-2]:
+            old.unlink()
+
+    def restore(self, folder: Path) -> int:
+        """Load the newest checkpoint that is whole and return its step; 0 if there is none."""
+        for path in sorted(folder.glob("state-????????.pt"), reverse=True):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                print(f"{path.name} is broken ({type(error).__name__}); trying the one before it")
+                path.unlink()
+                continue
+            for name in self.kept:
+                getattr(self, name).load_state_dict(state[name])
+            self.skipped.copy_(state["skipped"])
+            print(f"going on at step {state['step']:,}")
+            return state["step"]
+        return 0
 
 
 def evaluate(world: World, learner: Learner, step: int, count: int) -> dict:
@@ -156,19 +188,23 @@ def evaluate(world: World, learner: Learner, step: int, count: int) -> dict:
     learner.ema.swap(learner.student)
     drawn, row = world.evaluator.student_side(learner.student.eval(), count)
     learner.ema.swap(learner.student.train())
-    world.run.log(step=step, evaluation=row)
-    world.run.sheet(step, {"teacher": wanted, "student": drawn}, world.evaluator.captions)
-    world.run.curves()
+    if world.run.main:
+        world.run.log(step=step, evaluation=row)
+        world.run.sheet(step, {"teacher": wanted, "student": drawn}, world.evaluator.captions)
+        world.run.curves()
     return row
 
 
-def finish(world: World, learner: Learner, s):
+def finish(world: World, learner: Learner, s, title: str):
     """The last evaluation; saves the student as a stock pipeline and prints the closing table."""
     row = evaluate(world, learner, s.steps, s.final_samples)
     _, teacher_row = world.evaluator.teacher_side(row["samples"])
+    if not world.run.main:
+        return
+    how = f"{row['samples']:,} samples, {s.sample_steps} {s.sampler.upper()} steps, guidance {s.guidance:g}"
     learner.ema.swap(learner.student)
     folder = world.run.folder / "student"
-    save_student(learner.student.eval(), world.teacher, folder)
-    print(f"\nThe student lies in {folder}, samples and curves beside it. {s.sample_steps} {s.sampler.upper()} steps at "
-          f"guidance {s.guidance:g}:\n")
+    card = model_card(f"{title}: {row['parameters'] / 1e6:.2f} M student", s, row, teacher_row, how)
+    save_student(learner.student.eval(), world.teacher, folder, card)
+    print(f"\nThe student lies in {folder}, samples and curves beside it. {how}:\n")
     print(table({"teacher": teacher_row, "student": row}))

@@ -7,9 +7,9 @@ The chain of noise levels that is trained gets shorter from stage to stage, alwa
 only the timesteps are left that a 25-step sampler visits. The loss on a noisy latent x_t is
     d(student(x_t), noise) + feature_weight mean_k d(P_k f_k^student / s_k, f_k^teacher / s_k),
 f_k being the output of block k, caught by a forward hook, s_k its root mean square in the teacher, and P_k a
-`ConvProjection`, trained with the student and dropped in the end. The student's start and every P_k come from one map
-of the student's channels into the teacher's. With `--progressive` the shortened stages learn by progressive
-distillation instead of noise prediction: one student step does what two steps of the chain before did.
+`ConvProjection` (common/features.py), trained with the student and dropped in the end. The student's start and every
+P_k come from one map of the student's channels into the teacher's. With `--progressive` the shortened stages learn by
+progressive distillation instead: one student step does what two steps of the chain before did.
 """
 
 import copy
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
+from common.features import FeatureMatching
 from common.settings import parse
-from common.teacher import spread
 from common.training import Learner, evaluate, finish, prepare
 
 
@@ -148,74 +148,6 @@ def epsilon_weight(target: str, a: torch.Tensor) -> torch.Tensor:
             "truncated": inverse_snr.clamp(min=1)}[target]
 
 
-# --- feature matching -----------------------------------------------------------------------------------------------
-
-
-class ConvProjection(torch.nn.Conv2d):
-    """1 x 1 convolution from the student's channels to the teacher's.
-
-    It starts as the map that the student was sliced with: student channel j stands at teacher channel spread[j], and the
-    teacher's other channels start at the nearest of those.
-    """
-
-    def __init__(self, student_channels: int, teacher_channels: int):
-        super().__init__(student_channels, teacher_channels, 1)
-        kept = spread(teacher_channels, student_channels)
-        nearest = (torch.arange(teacher_channels)[:, None] - kept[None]).abs().argmin(1)
-        with torch.no_grad():
-            self.weight.copy_(F.one_hot(nearest, student_channels)[:, :, None, None].float())
-            self.bias.zero_()
-
-
-class FeatureMatching(torch.nn.Module):
-    """Catches the outputs of blocks of both networks with forward hooks and compares them.
-
-    Raises SystemExit where a name matches no block, or a pair's outputs differ in height and width.
-    """
-
-    def __init__(self, student, teacher, blocks: tuple[str, ...], loss):
-        super().__init__()
-        self.loss_of, self.caught = loss, {}
-        deeper = len(teacher.down_blocks) - len(student.down_blocks)  # up blocks are counted from the innermost level
-        self.pairs = blocks
-        for name in blocks:
-            kind, _, number = name.partition(".")
-            theirs = f"up_blocks.{int(number) + deeper}" if kind == "up_blocks" and number.isdigit() else name
-            for side, unet, block in (("student", student, name), ("teacher", teacher, theirs)):
-                if block not in dict(unet.named_modules()):
-                    levels = range(len(unet.down_blocks))
-                    known = [f"{k}_blocks.{i}" for k in ("down", "up") for i in levels] + ["mid_block"]
-                    raise SystemExit(f"error: --feature-blocks: the {side} has no {block}; it has {', '.join(known)} "
-                                     "and what lies in them")
-                unet.get_submodule(block).register_forward_hook(self._catch(side, name))
-        self.projections = None
-
-    def _catch(self, side: str, name: str):
-        def hook(_, __, output):
-            self.caught[side, name] = output[0] if isinstance(output, tuple) else output
-        return hook
-
-    def build(self):
-        """Make the projections between what the last pass of each network left."""
-        self.projections = torch.nn.ModuleDict()
-        for name in self.pairs:
-            ours, theirs = self.caught["student", name], self.caught["teacher", name]
-            if ours.shape[2:] != theirs.shape[2:]:
-                raise SystemExit(f"error: --feature-blocks: {name} gives {tuple(ours.shape[2:])} in the student and "
-                                 f"{tuple(theirs.shape[2:])} in the teacher; leave it out")
-            self.projections[name.replace(".", "-")] = ConvProjection(ours.shape[1], theirs.shape[1]).to(ours.device)
-
-    def forward(self) -> torch.Tensor:
-        """The mean over the pairs of what the last passes left, each in units of the teacher's root mean square."""
-        losses = []
-        for name in self.pairs:
-            theirs = self.caught.pop(("teacher", name)).float()
-            ours = self.projections[name.replace(".", "-")](self.caught.pop(("student", name))).float()
-            scale = theirs.square().mean().sqrt()
-            losses.append(self.loss_of(ours / scale, theirs / scale))
-        return torch.stack(losses).mean()
-
-
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +165,7 @@ def main(s: Settings):
     teacher, student, device = world.teacher, world.student, world.device
     noise_scheduler, loss_of = teacher.noise_scheduler, LOSSES[s.loss]
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
-    chains = [chain_timesteps(noise_scheduler, length).to(device) for length in s.chains]
+    chains = [chain_timesteps(noise_scheduler, length) for length in s.chains]
     starts = stage_starts(s.steps, s.stage_percent)
 
     extra = torch.nn.ModuleDict()  # checkpointed with the student, not kept
@@ -241,10 +173,9 @@ def main(s: Settings):
         extra["chain_before"] = copy.deepcopy(student).requires_grad_(False)
     if s.feature_weight:
         matching = FeatureMatching(student, teacher.unet, s.feature_blocks, loss_of)
-        latents, hidden, _ = world.pairs.draw(0, 2, 0.0, s.seed)
-        example = latents, torch.zeros(2, device=device), hidden
+        latents, hidden, _, timesteps = world.pairs.draw(0, 2, 0.0, s.seed)
         with torch.no_grad(), world.autocast():
-            student(*example), world.teacher_pred(*example)
+            student(latents, timesteps, hidden), world.teacher_pred(latents, timesteps, hidden)
         matching.build()
         extra["matching"] = matching
     learner = Learner(world, s, extra)
@@ -257,9 +188,7 @@ def main(s: Settings):
             extra["chain_before"].load_state_dict(student.state_dict())
             learner.ema.swap(student)
 
-        latents, hidden, generator = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = chain[torch.randint(len(chain), (s.batch_size,), generator=generator).to(device)]
+        latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed, chain=chain)
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)
 
         with world.autocast():
@@ -279,7 +208,7 @@ def main(s: Settings):
         world.run.report(loss=loss, noise_loss=noise_loss, feature_loss=feature_loss, lr=learner.lr, chain=len(chain))
         learner.step(loss, step)
 
-    finish(world, learner, s)
+    finish(world, learner, s, "V-1")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
 import torch.nn.functional as F
 
 from common.settings import parse
@@ -77,26 +76,24 @@ MINI = dict(
 
 def main(s: Settings):
     world = prepare(s, {"--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1})
-    student, device, noise_scheduler = world.student, world.device, world.teacher.noise_scheduler
+    student, noise_scheduler = world.student, world.teacher.noise_scheduler
     learner = Learner(world, s)
     for count in {s.eval_samples, s.final_samples} if s.eval_every else {s.final_samples}:
         world.evaluator.teacher_side(count)  # what the evaluations compare with, from the cache or made now
     world.teacher.unet = None
 
     for step in world.run.steps(learner, s, "V-2.1", lambda step, count: evaluate(world, learner, step, count)):
-        latents, encoder_hidden_states, generator = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (s.batch_size,), generator=generator).to(device)
+        latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed)
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
 
         with world.autocast():
-            noise_pred = student(noisy, timesteps, encoder_hidden_states, return_dict=False)[0].float()
+            noise_pred = student(noisy, timesteps, hidden, return_dict=False)[0].float()
         loss = F.mse_loss(noise_pred, noise)
 
         world.run.report(loss=loss, lr=learner.lr)
         learner.step(loss, step)
 
-    finish(world, learner, s)
+    finish(world, learner, s, "V-2.1")
 
 
 if __name__ == "__main__":

@@ -95,23 +95,21 @@ def main(s: Settings):
     for step in world.run.steps(learner, s, "V-2.2", lambda step, count: evaluate(world, learner, step, count)):
         alpha = linear(s.alpha_start, s.alpha_end, step, s.steps)
         dropout = linear(s.dropout_start, s.dropout_end, step, s.steps)
-        latents, encoder_hidden_states, generator = world.pairs.draw(step, s.batch_size, dropout, s.seed)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (s.batch_size,), generator=generator).to(device)
+        latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, dropout, s.seed)
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
 
         with world.autocast():
-            noise_pred = student(noisy, timesteps, encoder_hidden_states, return_dict=False)[0].float()
+            noise_pred = student(noisy, timesteps, hidden, return_dict=False)[0].float()
             kd_loss = torch.zeros((), device=device)
             if alpha > 0:  # the teacher's pass costs more than the student's step
-                kd_loss = F.mse_loss(noise_pred, world.teacher_pred(noisy, timesteps, encoder_hidden_states))
+                kd_loss = F.mse_loss(noise_pred, world.teacher_pred(noisy, timesteps, hidden))
         noise_loss = F.mse_loss(noise_pred, noise)
         loss = alpha * kd_loss + (1 - alpha) * noise_loss
 
         world.run.report(loss=loss, kd_loss=kd_loss, noise_loss=noise_loss, lr=learner.lr, alpha=alpha, dropout=dropout)
         learner.step(loss, step)
 
-    finish(world, learner, s)
+    finish(world, learner, s, "V-2.2")
 
 
 if __name__ == "__main__":
