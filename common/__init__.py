@@ -14,3 +14,10 @@ except RuntimeError as error:
         raise
     for _op in ("nms", "qnms"):
         torch.library.define(f"torchvision::{_op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import diffusers  # noqa: E402
+import transformers  # noqa: E402
+
+for _library in (diffusers, transformers):  # bars and notes of loading and saving, in between the training's own
+    _library.utils.logging.disable_progress_bar()
+    _library.utils.logging.set_verbosity_error()

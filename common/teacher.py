@@ -26,27 +26,42 @@ class Teacher:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 
-def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:
-    """Load `name`, a folder or a hub id. Raises SystemExit with one line where that cannot be done."""
-    looks_local = Path(name).exists() or name.startswith((".", "/", "checkpoints"))
-    if looks_local and not (Path(name) / "model_index.json").is_file():
-        raise SystemExit(f"error: {name} is no diffusers pipeline folder (it has no model_index.json)")
-
-    def part(kind, subfolder, **options):
-        return kind.from_pretrained(name, subfolder=subfolder, **options)
-
+def _load(kind, name: str, subfolder: str, **options):
+    """`kind.from_pretrained`, its failures as one line (SystemExit)."""
+    folder = Path(name)
+    if (folder.exists() or name.startswith((".", "/", "checkpoints"))) and not (folder / subfolder).is_dir():
+        raise SystemExit(f"error: {name} is no diffusers pipeline folder (it has no {subfolder}/)")
     try:
-        unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
-        vae = part(AutoencoderKL, "vae", torch_dtype=dtype)
-        text_encoder = part(CLIPTextModel, "text_encoder", torch_dtype=dtype)
-        tokenizer = part(CLIPTokenizer, "tokenizer")
-        scheduler = part(DDPMScheduler, "scheduler")
+        return kind.from_pretrained(name, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SystemExit(
             f"error: the teacher {name} could not be loaded ({reason[:200]}). Give --teacher a folder or a hub id that "
             "this machine reaches, or run the embedded world with --mini"
         ) from None
+
+
+def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """The frozen U-Net of a folder or hub id. Raises SystemExit with one line where it is of another family than SD-1.x."""
+    unet = _load(UNet2DConditionModel, name, "unet", dtype=dtype)
+    config = unet.config
+    plain = (config.addition_embed_type is None and config.class_embed_type is None and not config.use_linear_projection
+             and isinstance(config.attention_head_dim, int) and isinstance(config.layers_per_block, int)
+             and set(config.down_block_types) <= {"CrossAttnDownBlock2D", "DownBlock2D"}
+             and config.mid_block_type in (None, "UNetMidBlock2DCrossAttn"))
+    if not plain:
+        raise SystemExit(f"error: the U-Net of {name} is of another family than Stable Diffusion 1.x (SDXL, 2.x and others "
+                         "cannot be sliced here)")
+    return unet.eval().requires_grad_(False)
+
+
+def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:
+    """Load `name`, a folder or a hub id. Raises SystemExit with one line where that cannot be done."""
+    unet = load_unet(name, dtype)
+    vae = _load(AutoencoderKL, name, "vae", dtype=dtype)
+    text_encoder = _load(CLIPTextModel, name, "text_encoder", dtype=dtype)
+    tokenizer = _load(CLIPTokenizer, name, "tokenizer")
+    scheduler = _load(DDPMScheduler, name, "scheduler")
     if scheduler.config.prediction_type != "epsilon":
         raise SystemExit(f"error: {name} predicts {scheduler.config.prediction_type}; only epsilon teachers (SD-1.x) work")
     for model in (unet, vae, text_encoder):
@@ -55,12 +70,12 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], layers: int, heads: int = 0,
-                   groups: int = 0) -> dict:
+                   groups: int = 0, mid_block: bool = True) -> dict:
     """The teacher's U-Net config with other widths, as many levels as `channels` has, and `layers` a block.
 
     Fewer levels keep the outer ones; a student that stops above the teacher's innermost, attention-free level has
-    cross-attention in all of its own. 0 `heads` or GroupNorm `groups` keep the teacher's number. Raises SystemExit
-    where it cannot be a slice.
+    cross-attention in all of its own; without `mid_block` it has none. 0 `heads` or GroupNorm `groups` keep the
+    teacher's number. Raises SystemExit where it cannot be a slice.
     """
     config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
     wide, levels = teacher.config.block_out_channels, len(channels)
@@ -77,7 +92,7 @@ def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], lay
             raise SystemExit(f"error: this student is no slice of the teacher: {problem}")
     config |= {
         "block_out_channels": tuple(channels), "layers_per_block": layers, "attention_head_dim": heads,
-        "norm_num_groups": groups,
+        "norm_num_groups": groups, "mid_block_type": config["mid_block_type"] if mid_block else None,
         "down_block_types": config["down_block_types"][:levels],
         "up_block_types": config["up_block_types"][len(wide) - levels :],
     }

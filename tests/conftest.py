@@ -1,5 +1,6 @@
 """What several tests use: the repository's root on the path, the drawn set, the embedded teacher, tiny folders."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,16 @@ from PIL import Image
 import common  # noqa: F401
 from common.teacher import load_teacher
 from data.draw_mini import Painter, annotations, draw_mini, plan_set
+
+
+def script(path: str):
+    """A version's script as a module; their names are no identifiers."""
+    sys.path.insert(0, str((ROOT / path).parent))
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_").replace(".", "_"), ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.pop(0)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,269 @@
+"""V-3: distil a pruned student (`sd_small`, `sd_tiny`) on many GPUs and machines, with Accelerate.
+
+    python v3/train_student_kd.py --mini                            # the embedded world, one process
+    accelerate launch v3/train_student_kd.py --size sd_small        # SD-1.5, on what `accelerate config` was told
+    accelerate launch v3/train_student_kd.py --shards data/shards   # WebDataset shards in place of COCO
+
+The loss is BK-SDM's (arXiv 2305.15798): task_weight MSE(student, noise) + kd_weight MSE(student, teacher)
++ feature_weight mean_k |P_k f_k^student - f_k^teacher|^2 / rms(f_k^teacher)^2 over the blocks' outputs f_k, which
+forward hooks catch; P_k is a 1 x 1 projection where the student's channels were sliced.
+Step i draws its global batch from (seed, i), and each process takes its share of it: the number of processes changes
+nothing but the speed.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from prepare_unet_small import SIZES, pruned_config
+
+from common.ema import EMA
+from common.features import FeatureMatching
+from common.settings import check, parse
+from common.training import evaluate, finish, prepare
+
+
+@dataclass
+class Settings:
+    mini: bool = False  # the embedded world: the teacher in checkpoints/mini-teacher and drawn scenes, all offline
+    teacher: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # a pipeline folder or a hub id
+    data: str = "data/coco2017"  # a folder in COCO's format
+    train_split: str = "train2017"  # <data>/<split>/ and annotations/captions_<split>.json
+    val_split: str = "val2017"  # the split that evaluation takes its captions and pictures from
+    shards: str = ""  # a folder or pattern of WebDataset .tar shards to train on in place of the train split
+    resolution: int = 64  # pixels a side
+    out: str = "checkpoints/v3"  # the run's folder
+    resume: bool = False  # go on with the run in --out
+    # the student
+    size: str = "sd_tiny"  # sd_small (579 M of SD-1.5's 860 M) or sd_tiny (323 M), before --channels
+    channels: tuple[int, ...] = (160, 384, 480)  # width of each level that is left (these: 65.6 M); all: the teacher's
+    random_start: bool = False  # start from random weights, not from the teacher's
+    # training
+    steps: int = 60_000  # optimizer steps
+    batch_size: int = 64  # pictures a step, over all processes and accumulated passes
+    accumulate: int = 1  # passes that one step's batch is split into
+    lr: float = 2e-4  # OneCycleLR's highest learning rate
+    warmup: float = 0.05  # share of the steps in which it rises
+    weight_decay: float = 0.01  # AdamW's
+    optimizer: str = "adamw"  # adamw, or adamw8bit where bitsandbytes is installed
+    max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
+    task_weight: float = 1.0  # of the error against the noise
+    kd_weight: float = 1.0  # of the error against the teacher's prediction
+    feature_weight: float = 0.1  # of the blocks' outputs; 0: none
+    feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "up_blocks.2")
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
+    mixed_precision: str = ""  # no, fp16 or bf16; empty: what `accelerate config` was told
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
+    compile: bool = False  # torch.compile the student
+    # evaluation
+    features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
+    sampler: str = "ddpm"  # ddpm or ddim
+    sample_steps: int = 25  # of the sampler
+    guidance: float = 5.0  # classifier-free guidance scale
+    eval_every: int = 5_000  # steps between small evaluations; 0: none
+    eval_samples: int = 500  # pictures of a small evaluation
+    final_samples: int = 5_000  # pictures of the last one
+    eval_batch: int = 100  # pictures sampled at a time, by each process
+    # machine
+    cpu: bool = False  # stay on the CPU where there is a GPU
+    cache: bool = True  # keep latents and caption embeddings in data/cache; --no-cache encodes them at every step
+    cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
+    workers: int = 0  # processes that decode pictures
+    max_bad_steps: int = 20  # steps in a row without finite gradients that end the run
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints that stay
+    log_every: int = 20  # steps between lines of metrics.jsonl
+    tensorboard: bool = True  # also log to <out>/tensorboard
+    push_to_hub: str = ""  # a hub repository (user/name) to upload the student to in the end
+    seed: int = 0  # of everything random
+
+
+MINI = dict(
+    teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
+    out="checkpoints/v3-mini", channels=(32, 48, 64), steps=900, batch_size=64, lr=2e-3, ema_decay=0.99,
+    features="effnet-lite0", guidance=3.0, eval_every=450, eval_samples=100, final_samples=1_000, cache_gb=0.5,
+    save_every=300,
+)
+
+
+class Distillation(torch.nn.Module):
+    """Student and projections as one module, so that one wrapper (DDP, FSDP, DeepSpeed) sees every gradient."""
+
+    def __init__(self, student: torch.nn.Module, matching: FeatureMatching | None):
+        super().__init__()
+        self.student, self.matching = student, matching
+
+    def forward(self, noisy, timesteps, hidden, noise, teacher_pred) -> torch.Tensor:
+        """(3,) task, KD and feature loss. The teacher's pass comes before: its hooks have caught its features."""
+        noise_pred = self.student(noisy, timesteps, hidden, return_dict=False)[0].float()
+        feature_loss = self.matching() if self.matching else noise_pred.new_zeros(())
+        return torch.stack([F.mse_loss(noise_pred, noise), F.mse_loss(noise_pred, teacher_pred), feature_loss])
+
+
+class AcceleratedLearner:
+    """What `Run.steps` and `evaluate` need of a learner, over Accelerate; checkpoints are `accelerator.save_state`'s."""
+
+    def __init__(self, accelerator: Accelerator, model: Distillation, world, s: Settings):
+        self.accelerator, self.student, self.batch_size, self.keep = accelerator, model.student, s.batch_size, s.keep
+        self.max_grad_norm = s.max_grad_norm
+        if s.optimizer == "adamw8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit as Optimizer
+            except ImportError:
+                raise SystemExit("error: --optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
+        else:
+            Optimizer = torch.optim.AdamW
+        optimizer = Optimizer(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps, pct_start=s.warmup)
+        self.ema = EMA(self.student, s.ema_decay)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(self.scheduler, self.ema)
+        self.skipped = [0, 0]
+
+    @property
+    def lr(self) -> float:
+        return self.scheduler.get_last_lr()[0]
+
+    def backward(self, loss: torch.Tensor, step: int):
+        """Add the gradients of one pass; after the last one of a batch, step. Accelerate averages over the passes."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            fine = norm is None or bool(torch.isfinite(norm))  # None where DeepSpeed clips
+            self.skipped = [self.skipped[0] + (not fine), 0 if fine else self.skipped[1] + 1]
+            if fine or self.accelerator.scaler is not None:  # the fp16 scaler skips such a step by itself
+                self.optimizer.step()
+            self.scheduler.step()
+            self.ema.update(self.student, step)
+            self.optimizer.zero_grad()
+
+    def bad_steps(self) -> tuple[int, int]:
+        return tuple(self.skipped)
+
+    def agree(self, signal_number: int, step: int) -> int:
+        """The processes compare notes at every tenth step only."""
+        if self.accelerator.num_processes == 1:
+            return signal_number
+        if step % 10:
+            return 0
+        seen = torch.tensor([signal_number], device=self.accelerator.device)
+        return int(self.accelerator.gather(seen).max())
+
+    def save(self, folder: Path, step: int):
+        """`checkpoint-<step>/`: written beside its place and then renamed, so what has the name is whole."""
+        final, partial = folder / f"checkpoint-{step:08d}", folder / "checkpoint.partial"
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in sorted(folder.glob("checkpoint-????????"))[: -self.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, folder: Path) -> int:
+        for path in sorted(folder.glob("checkpoint-????????"), reverse=True):
+            try:
+                self.accelerator.load_state(str(path))
+            except Exception as error:  # whatever a damaged file makes the loaders raise
+                self.accelerator.print(f"{path.name} is broken ({type(error).__name__}); trying the one before it")
+                continue
+            step = int(path.name.split("-")[1])
+            self.accelerator.print(f"going on at step {step:,}")
+            return step
+        return 0
+
+
+def main(s: Settings):
+    check({f"--size must be one of {', '.join(SIZES)}": s.size in SIZES,
+           "--mixed-precision must be no, fp16 or bf16": s.mixed_precision in ("", "no", "fp16", "bf16"),
+           "--optimizer must be adamw or adamw8bit": s.optimizer in ("adamw", "adamw8bit"),
+           "--keep and --accumulate must be at least 1": min(s.keep, s.accumulate) >= 1})
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=s.accumulate, mixed_precision=s.mixed_precision or None, cpu=s.cpu,
+            log_with="tensorboard" if s.tensorboard else None, step_scheduler_with_optimizer=False,
+            project_config=ProjectConfiguration(project_dir=s.out, logging_dir=s.out),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])  # the others wait for the caches
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"error: Accelerate cannot start: {error}") from None
+    shares = accelerator.num_processes * s.accumulate
+    set_seed(s.seed)
+    world = prepare(s, {
+        f"--batch-size must be a multiple of {shares}, processes x --accumulate": s.batch_size % shares == 0,
+        "--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1,
+        "--task-weight, --kd-weight and --feature-weight must not be negative, nor all be 0":
+            min(s.task_weight, s.kd_weight, s.feature_weight) >= 0 < s.task_weight + s.kd_weight + s.feature_weight,
+    }, lambda unet: pruned_config(unet, s.size, s.channels), accelerator)
+    noise_scheduler, pairs = world.teacher.noise_scheduler, world.pairs
+    if s.shards:
+        from coco_dataset import ShardPairs
+
+        pairs = ShardPairs(s.shards, world.teacher, size_px=s.resolution, seed=s.seed, rank=accelerator.process_index,
+                           processes=accelerator.num_processes, workers=s.workers, device=accelerator.device)
+    if s.gradient_checkpointing:
+        world.student.enable_gradient_checkpointing()
+    if s.compile:
+        world.student.compile()
+    matching = None
+    if s.feature_weight:
+        matching = FeatureMatching(world.student, world.teacher.unet, s.feature_blocks, F.mse_loss)
+        latents, hidden, _, timesteps = world.pairs.draw(0, 2, 0.0, s.seed)
+        with torch.no_grad(), world.autocast():
+            world.student(latents, timesteps, hidden), world.teacher_pred(latents, timesteps, hidden)
+        matching.build()
+    learner = AcceleratedLearner(accelerator, Distillation(world.student, matching), world, s)
+    if s.tensorboard:
+        accelerator.init_trackers("tensorboard")
+    weights = torch.tensor([s.task_weight, s.kd_weight, s.feature_weight], device=accelerator.device)
+
+    def small_evaluation(step: int, count: int) -> dict:
+        row = evaluate(world, learner, step, count)
+        accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=step)
+        return row
+
+    for step in world.run.steps(learner, s, "V-3", small_evaluation):
+        total, lr = torch.zeros(3, device=accelerator.device), learner.lr
+        for share in range(s.accumulate):
+            with accelerator.accumulate(learner.model):
+                latents, hidden, noise, timesteps = pairs.draw(
+                    step, s.batch_size, s.caption_dropout, s.seed, parts=shares,
+                    part=accelerator.process_index * s.accumulate + share)
+                noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+                with world.autocast():
+                    teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
+                losses = learner.model(noisy, timesteps, hidden, noise, teacher_pred)
+                learner.backward((weights * losses).sum(), step)
+                total += losses.detach() / s.accumulate
+        if (step + 1) % s.log_every == 0 or step + 1 == s.steps:
+            total = accelerator.reduce(total, "mean")
+            values = dict(zip(("task_loss", "kd_loss", "feature_loss"), total.tolist()), lr=lr)
+            world.run.report(loss=(weights * total).sum().item(), **values)
+            accelerator.log({"loss": (weights * total).sum().item(), **values}, step=step + 1)
+
+    finish(world, learner, s, "V-3")
+    accelerator.end_training()
+    if s.push_to_hub and accelerator.is_main_process:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            HfApi().create_repo(s.push_to_hub, exist_ok=True)
+            HfApi().upload_folder(repo_id=s.push_to_hub, folder_path=world.run.folder / "student")
+        except (HfHubHTTPError, OSError) as error:
+            raise SystemExit(f"error: the upload to {s.push_to_hub} failed ({str(error).splitlines()[0][:200]}); the student "
+                             "itself is saved") from None
+
+
+if __name__ == "__main__":
+    main(parse(Settings, __doc__, MINI))
