@@ -1,5 +1,6 @@
 """Latents and caption embeddings of a data set, computed once and kept on disk: the frozen parts are paid once."""
 
+import errno
 import hashlib
 import json
 import os
@@ -42,6 +43,54 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()
 
 
+def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[np.ndarray, list[int]]:
+    """The (rows, ...) fp16 array `<folder>/<name>.npy`, memory-mapped, and the rows that could not be made.
+
+    `produce(start)` yields (indices, end, values) from row `start`; how far it got is written after the data is on
+    disk, so a killed run goes on there. Raises SystemExit where the disk is full.
+    """
+    path, done = folder / f"{name}.npy", folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    state = json.loads(done.read_text()) if done.is_file() else {"rows": 0, "bad": []}
+    if state["rows"] and not path.is_file():
+        state = {"rows": 0, "bad": []}
+    try:
+        if state["rows"] < shape[0]:
+            array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=np.float16, shape=shape)
+            if not state["rows"]:
+                reserve(path)
+            since = 0
+            with tqdm(total=shape[0], initial=state["rows"], desc=f"caching {name}", unit=unit) as bar:
+                for indices, end, values in produce(state["rows"]):
+                    array[indices] = values
+                    state["bad"] += sorted(set(range(state["rows"], end)) - set(indices))
+                    bar.update(end - state["rows"])
+                    since, state["rows"] = since + end - state["rows"], end
+                    if since >= 8192 or end == shape[0]:
+                        array.flush()
+                        write_atomically(done, json.dumps(state).encode())
+                        since = 0
+            if state["rows"] < shape[0]:  # the last batches held nothing that can be decoded
+                state["bad"] += range(state["rows"], shape[0])
+                state["rows"] = shape[0]
+                write_atomically(done, json.dumps(state).encode())
+            del array
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SystemExit(f"error: the disk of {folder} is full ({np.prod(shape) * 2 / 1e9:.1f} GB are needed); free some "
+                         "space and run again, what is cached is kept (or use --no-cache)") from None
+    return np.load(path, mmap_mode="r"), state["bad"]
+
+
+def reserve(path: Path):
+    """Claim the disk space of a file that was made with a hole in it: writing through a memory map onto a full disk would
+    end the process with a bus error, which nothing can catch."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 class Batch(NamedTuple):
     latents: torch.Tensor  # (B, 4, h, w) scaled
     hidden: torch.Tensor  # (B, tokens, width) the text encoder's states of the captions
@@ -66,49 +115,11 @@ class TrainingPairs:
         key = fingerprint(dataset.annotations, dataset.split, dataset.size_px, len(dataset), teacher.vae,
                           teacher.text_encoder)
         self.folder = Path(folder) / f"pairs-{key}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._cache_latents(workers)
-            self._cache_captions(caption_gb)
-        except OSError as error:
-            if error.errno == 28:  # no space left
-                raise SystemExit(f"error: the disk of {folder} is full; free some space and run again, what is cached "
-                                 "is kept (or use --no-cache)") from None
-            raise
+        self._cache_latents(workers)
+        self._cache_captions(caption_gb)
 
     def __len__(self) -> int:
         return len(self.usable)
-
-    def _filled(self, name: str, shape: tuple, produce, unit: str) -> np.ndarray:
-        """The (rows, ...) fp16 array `name`, memory-mapped. `produce(start)` yields (indices, end, values) from row
-        `start`; how far it got is written after the data is on disk, so a killed run goes on there."""
-        path, done = self.folder / f"{name}.npy", self.folder / f"{name}.json"
-        state = json.loads(done.read_text()) if done.is_file() else {"rows": 0, "bad": []}
-        if state["rows"] and not path.is_file():
-            state = {"rows": 0, "bad": []}
-        if state["rows"] < shape[0]:
-            mode = "r+" if state["rows"] else "w+"
-            array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
-            since = 0
-            with tqdm(total=shape[0], initial=state["rows"], desc=f"caching {name}", unit=unit) as bar:
-                for indices, end, values in produce(state["rows"]):
-                    array[indices] = values
-                    state["bad"] += sorted(set(range(state["rows"], end)) - set(indices))
-                    bar.update(end - state["rows"])
-                    since, state["rows"] = since + end - state["rows"], end
-                    if since >= 8192 or end == shape[0]:
-                        array.flush()
-                        write_atomically(done, json.dumps(state).encode())
-                        since = 0
-            if state["rows"] < shape[0]:  # the last batches held nothing that can be decoded
-                state["bad"] += range(state["rows"], shape[0])
-                state["rows"] = shape[0]
-                write_atomically(done, json.dumps(state).encode())
-            del array
-        if state["bad"]:
-            self.usable = np.setdiff1d(self.usable, state["bad"])
-            self.dataset.skipped["cannot be decoded"] = len(state["bad"])
-        return np.load(path, mmap_mode="r")
 
     @torch.no_grad()
     def _cache_latents(self, workers: int):
@@ -118,7 +129,10 @@ class TrainingPairs:
                 yield indices, end, encode_pictures(self.teacher.vae, stacked).cpu().numpy()
 
         side = self.dataset.size_px // self.teacher.vae_factor
-        self.latents = self._filled("latents", (len(self.dataset), 4, side, side), produce, "img")
+        self.latents, bad = filled(self.folder, "latents", (len(self.dataset), 4, side, side), produce, "img")
+        if bad:
+            self.usable = np.setdiff1d(self.usable, bad)
+            self.dataset.skipped["cannot be decoded"] = len(bad)
         if not len(self.usable):
             raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
 
@@ -140,7 +154,8 @@ class TrainingPairs:
                 hidden = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, part)
                 yield list(range(i, i + len(part))), i + len(part), hidden.float().cpu().numpy()
 
-        self.embeddings = self._filled(f"captions-{len(texts)}", (len(texts), *self.empty.shape[1:]), produce, "cap")
+        shape = (len(texts), *self.empty.shape[1:])
+        self.embeddings, _ = filled(self.folder, f"captions-{len(texts)}", shape, produce, "cap")
         if len(texts) < len(order):
             print(f"{len(texts):,} of {len(order):,} captions are cached; the rest are encoded on the fly")
 
@@ -151,11 +166,7 @@ class TrainingPairs:
         Pictures come in a new order each epoch, each with one of its captions, or the empty one at rate `dropout`, at
         timesteps out of `chain` (all of the noise schedule's). Of `parts` equal shares only share `part` is returned.
         """
-        epoch, place = divmod(step, len(self) // batch_size)
-        if self._order is None or self._order[0] != (seed, epoch):
-            self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
-        rng = np.random.default_rng([seed, 1, step])
-        indices = self._order[1][place * batch_size : (place + 1) * batch_size]
+        indices, rng = self.indices(step, batch_size, seed), np.random.default_rng([seed, 1, step])
         choices = np.where(rng.random(batch_size) < dropout, -1, rng.integers(0, 60, batch_size))
         mine = slice(batch_size // parts * part, batch_size // parts * (part + 1))
         latents, hidden = self.batch(indices[mine], choices[mine])
@@ -187,6 +198,13 @@ class TrainingPairs:
             hidden[live] = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, [texts[i] for i in live])
         return latents.float(), hidden.float()
 
+    def indices(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """(B,) which of the pictures step takes."""
+        epoch, place = divmod(step, len(self) // batch_size)
+        if self._order is None or self._order[0] != (seed, epoch):
+            self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
+        return self._order[1][place * batch_size : (place + 1) * batch_size]
+
     def _picture(self, i: int) -> torch.Tensor:
         """Picture i, or the next one that can be decoded (only without a cache, which leaves such pictures out)."""
         for j in range(len(self.dataset)):
@@ -194,3 +212,47 @@ class TrainingPairs:
             if picture is not None:
                 return picture
         raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
+
+
+class TeacherStore:
+    """The teacher's predictions for `draws` fixed draws of caption, timestep and noise of every training picture.
+
+    Written once to the cache, next to the latents, and read by every later run, whatever its student: then no teacher
+    runs in training at all. A prediction takes as many bytes as a latent (512 at 64 px). Draw k of picture i depends
+    on (k, i) alone; its caption is dropped at rate `dropouts[k]`.
+    """
+
+    def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float]):
+        """`predict(noisy, timesteps, hidden)` is the teacher's pass, called for what is not in the cache yet."""
+        if pairs.folder is None:
+            raise SystemExit("error: the store of the teacher's predictions needs the cache: leave out --no-cache")
+        self.pairs, self.dropouts, self.stored = pairs, dropouts, []
+        for k, dropout in enumerate(dropouts):
+            def produce(start, k=k, batch=128):
+                for i in range(start, len(pairs), batch):
+                    indices = np.arange(i, min(i + batch, len(pairs)))
+                    latents, hidden, noise, timesteps = self.fixed(k, indices)
+                    noisy = pairs.teacher.noise_scheduler.add_noise(latents, noise, timesteps)
+                    yield indices.tolist(), int(indices[-1]) + 1, predict(noisy, timesteps, hidden).cpu().numpy()
+
+            name = f"teacher-{fingerprint(pairs.teacher.unet)}-{k}-{dropout:.4f}"
+            array, _ = filled(pairs.folder, name, (len(pairs), *pairs.latents.shape[1:]), produce, "img")
+            self.stored.append(array)
+
+    def fixed(self, k: int, indices: np.ndarray) -> Batch:
+        """Draw k of the pictures `indices`."""
+        shape = self.pairs.latents.shape[1:]
+        choices, timesteps, noise = [], [], []
+        for i in indices:
+            rng = np.random.Generator(np.random.Philox(key=[k, i]))
+            choices.append(-1 if rng.random() < self.dropouts[k] else rng.integers(60))
+            timesteps.append(rng.integers(self.pairs.teacher.noise_scheduler.config.num_train_timesteps))
+            noise.append(rng.standard_normal(shape, dtype=np.float32))
+        latents, hidden = self.pairs.batch(indices, np.array(choices))
+        device = self.pairs.device
+        return Batch(latents, hidden, torch.from_numpy(np.stack(noise)).to(device), torch.tensor(timesteps, device=device))
+
+    def draw(self, step: int, steps: int, batch_size: int, seed: int) -> tuple[Batch, torch.Tensor]:
+        """The batch of one step and the teacher's prediction (B, 4, h, w). Draw k serves the k-th part of the training."""
+        k, indices = step * len(self.stored) // steps, self.pairs.indices(step, batch_size, seed)
+        return self.fixed(k, indices), torch.from_numpy(self.stored[k][indices]).float().to(self.pairs.device)

@@ -108,6 +108,12 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
     return World(teacher, student, pairs, evaluator, run, device, dtype)
 
 
+def one_cycle(optimizer, s) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Up to `s.lr` in the warm-up, at least one step, and down again on a cosine."""
+    warmup = min(1.0, max(s.warmup, 2 / s.steps))
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps, pct_start=warmup)
+
+
 class Learner:
     """The student with everything that training changes: AdamW, OneCycleLR, the loss scaler, the EMA, and `extra`, a
     module that is checkpointed with it but not kept: its parameters that require gradients are trained too."""
@@ -118,7 +124,7 @@ class Learner:
         self.trained = [*self.student.parameters(), *(p for p in self.extra.parameters() if p.requires_grad)]
         self.optimizer = torch.optim.AdamW(self.trained, lr=s.lr, weight_decay=s.weight_decay,
                                            fused=world.device.type != "mps")
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, s.lr, total_steps=s.steps, pct_start=s.warmup)
+        self.scheduler = one_cycle(self.optimizer, s)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         self.ema = EMA(self.student, s.ema_decay)
         self.batch_size, self.kept = s.batch_size, ("student", "extra", "ema", "optimizer", "scheduler", "scaler")

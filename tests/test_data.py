@@ -11,11 +11,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-from common.cache import TrainingPairs, encode_pictures
+from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions, load_image
-from common.sampling import encode_captions
+from common.sampling import encode_captions, encode_pictures
 from data import download_coco
 from data.draw_mini import CATEGORIES, SIZE_PX, Painter, annotations, article, plan_set
 
@@ -24,6 +25,13 @@ def test_annotations_are_the_same_on_every_machine():
     captions, instances = annotations(plan_set(2_000), 1)
     digest = hashlib.sha256(json.dumps([captions, instances], sort_keys=True).encode()).hexdigest()
     assert digest == "d73590c06434922335ee86a5fc661ee37972bb04bb053bec9b509c6bc13a6bfa"
+
+
+def test_pixels_are_the_reference_pictures_within_two_levels():
+    painter = Painter()
+    for i, (scene, _) in enumerate(plan_set(6)):
+        want = np.asarray(Image.open(ROOT / "tests" / "reference" / f"scene_{i}.png")).astype(int)
+        assert np.abs(painter.paint(scene) - want).max() <= 2
 
 
 def test_scenes_are_distinct_and_boxes_right():
@@ -172,3 +180,28 @@ def test_archives_cannot_write_outside(tmp_path):
     with pytest.raises(SystemExit, match="leaves its folder"):
         download_coco.unpack(tmp_path / "evil.zip", tmp_path / "out")
     assert not (tmp_path / "evil.txt").exists()
+
+
+def test_the_store_holds_the_teachers_predictions_and_is_paid_once(small_set, teacher, tmp_path):
+    pairs = TrainingPairs(CocoCaptions(small_set, "train", 32), teacher, tmp_path, caption_gb=1, device=torch.device("cpu"))
+    calls = []
+
+    def predict(noisy, timesteps, hidden):
+        calls.append(len(noisy))
+        with torch.no_grad():
+            return teacher.unet(noisy, timesteps, hidden).sample
+
+    TeacherStore(pairs, predict, [0.0, 1.0])
+    assert sum(calls) == 2 * 48
+    store = TeacherStore(pairs, predict, [0.0, 1.0])
+    assert sum(calls) == 2 * 48  # the second run reads what the first one wrote
+    for step, dropped in ((1, False), (9, True)):  # draw k serves the k-th part of ten steps
+        batch, prediction = store.draw(step, 10, 8, seed=0)
+        indices = pairs.indices(step, 8, 0)
+        torch.testing.assert_close(batch.latents, torch.from_numpy(np.array(pairs.latents[indices])).float())
+        assert all(torch.equal(h, pairs.empty[0]) for h in batch.hidden) == dropped
+        noisy = teacher.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        torch.testing.assert_close(prediction, predict(noisy, batch.timesteps, batch.hidden), atol=5e-3, rtol=2e-3)
+    noise = torch.cat([store.fixed(0, np.array([i])).noise for i in range(48)])
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert not torch.equal(store.fixed(0, np.array([3])).noise, store.fixed(1, np.array([3])).noise)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from common.training import Learner
 
-SCRIPTS = {"v1": ROOT / "v1" / "1.py", "v2.1": ROOT / "v2" / "2.1.py", "v2.2": ROOT / "v2" / "2.2.py"}
+SCRIPTS = {"v1": ROOT / "v1" / "1.py", "v2.1": ROOT / "v2" / "2.1.py", "v2.2": ROOT / "v2" / "2.2.py",
+           "v2.2 store": ROOT / "v2" / "2.2.py"}
 OWN = {"v1": ["--feature-blocks", "down_blocks.0,mid_block,up_blocks.3", "--progressive", "--chains", "1000,50,25",
-              "--stage-percent", "40,30,30"], "v2.1": [], "v2.2": []}
+              "--stage-percent", "40,30,30"], "v2.1": [], "v2.2": [], "v2.2 store": ["--store", "3"]}
 
 
 def command(name, small_set, out, *more):
@@ -69,6 +70,9 @@ def test_the_loss_is_made_of_its_parts(unbroken):
         if name == "v2.2":
             assert abs(x["alpha"] - (1 - 0.5 * i / 23)) < 1e-5
             assert abs(x["dropout"] - (0.05 + 0.15 * i / 23)) < 1e-5
+        if name == "v2.2 store":
+            assert abs(x["dropout"] - (0.05, 0.125, 0.2)[i // 8]) < 1e-5
+        if name.startswith("v2.2"):
             want = x["alpha"] * x["kd_loss"] + (1 - x["alpha"]) * x["noise_loss"]
         elif name == "v1":
             assert x["chain"] == (1000 if i < 9 else 50 if i < 16 else 25)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
+from common.cache import TeacherStore
 from common.settings import parse
 from common.training import Learner, evaluate, finish, prepare
 
@@ -49,6 +50,7 @@ class Settings:
     alpha_end: float = 0.5  # and at the last one, linear in between
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
     dropout_end: float = 0.2  # and at the last one, linear in between
+    store: int = 0  # draws of each picture whose teacher predictions are kept in data/cache for all runs; 0: fresh draws
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved
     # evaluation
     features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
@@ -86,23 +88,34 @@ def linear(start: float, end: float, step: int, steps: int) -> float:
 
 def main(s: Settings):
     world = prepare(s, {
+        "--store must not be negative": s.store >= 0,
         "--alpha-start and --alpha-end must lie in 0..1": all(0 <= a <= 1 for a in (s.alpha_start, s.alpha_end)),
         "--dropout-start and --dropout-end must lie in 0..1": all(0 <= d <= 1 for d in (s.dropout_start, s.dropout_end)),
     })
     student, device, noise_scheduler = world.student, world.device, world.teacher.noise_scheduler
     learner = Learner(world, s)
+    store = None
+    if s.store:  # the teacher is paid once, here or by an earlier run
+        rates = [linear(s.dropout_start, s.dropout_end, k, s.store) for k in range(s.store)]
+        store = TeacherStore(world.pairs, world.teacher_pred, rates)
 
     for step in world.run.steps(learner, s, "V-2.2", lambda step, count: evaluate(world, learner, step, count)):
         alpha = linear(s.alpha_start, s.alpha_end, step, s.steps)
         dropout = linear(s.dropout_start, s.dropout_end, step, s.steps)
-        latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, dropout, s.seed)
+        if store:
+            (latents, hidden, noise, timesteps), teacher_pred = store.draw(step, s.steps, s.batch_size, s.seed)
+            dropout = rates[step * s.store // s.steps]
+        else:
+            latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, dropout, s.seed)
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
 
         with world.autocast():
             noise_pred = student(noisy, timesteps, hidden, return_dict=False)[0].float()
             kd_loss = torch.zeros((), device=device)
-            if alpha > 0:  # the teacher's pass costs more than the student's step
-                kd_loss = F.mse_loss(noise_pred, world.teacher_pred(noisy, timesteps, hidden))
+            if alpha > 0 and not store:  # the teacher's pass costs more than the student's step
+                teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
+            if alpha > 0:
+                kd_loss = F.mse_loss(noise_pred, teacher_pred)
         noise_loss = F.mse_loss(noise_pred, noise)
         loss = alpha * kd_loss + (1 - alpha) * noise_loss
 

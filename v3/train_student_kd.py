@@ -11,6 +11,7 @@ Step i draws its global batch from (seed, i), and each process takes its share o
 nothing but the speed.
 """
 
+import importlib.util
 import shutil
 import sys
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from prepare_unet_small import SIZES, pruned_config
 from common.ema import EMA
 from common.features import FeatureMatching
 from common.settings import check, parse
-from common.training import evaluate, finish, prepare
+from common.training import evaluate, finish, one_cycle, prepare
 
 
 @dataclass
@@ -124,7 +125,7 @@ class AcceleratedLearner:
         else:
             Optimizer = torch.optim.AdamW
         optimizer = Optimizer(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps, pct_start=s.warmup)
+        self.scheduler = one_cycle(optimizer, s)
         self.ema = EMA(self.student, s.ema_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_for_checkpointing(self.scheduler, self.ema)
@@ -188,6 +189,10 @@ def main(s: Settings):
     check({f"--size must be one of {', '.join(SIZES)}": s.size in SIZES,
            "--mixed-precision must be no, fp16 or bf16": s.mixed_precision in ("", "no", "fp16", "bf16"),
            "--optimizer must be adamw or adamw8bit": s.optimizer in ("adamw", "adamw8bit"),
+           "--tensorboard needs its package: pip install -r v3/requirements.txt, or --no-tensorboard":
+               not s.tensorboard or importlib.util.find_spec("tensorboard") is not None,
+           "--shards needs webdataset: pip install -r v3/requirements.txt":
+               not s.shards or importlib.util.find_spec("webdataset") is not None,
            "--keep and --accumulate must be at least 1": min(s.keep, s.accumulate) >= 1})
     try:
         accelerator = Accelerator(

@@ -1,0 +1,278 @@
+"""V-3: pruning at SD-1.5's true size, shards, several processes, inference."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from common.cache import TrainingPairs
+from common.teacher import slice_unet
+
+pytest.importorskip("webdataset", reason="pip install -r v3/requirements.txt")
+pytest.importorskip("tensorboard", reason="pip install -r v3/requirements.txt")
+prepare_unet_small = script("v3/prepare_unet_small.py")
+coco_dataset = script("v3/coco_dataset.py")
+
+
+def command(small_set, out, *more):
+    return [str(ROOT / "v3" / "train_student_kd.py"), "--teacher", str(ROOT / "checkpoints" / "mini-teacher"), "--data",
+            str(small_set), "--train-split", "train", "--val-split", "val", "--resolution", "32", "--channels", "32,48,64",
+            "--steps", "20", "--batch-size", "8", "--features", "effnet-lite0", "--eval-every", "0", "--final-samples", "8",
+            "--eval-batch", "4", "--sample-steps", "2", "--save-every", "5", "--log-every", "1", "--cpu",
+            "--mixed-precision", "no", "--out", str(out), *more]
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def lines(out):
+    return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    """A U-Net of SD-1.5's true shape with random weights, in half precision to save memory."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        unet.to_empty(device="cpu")
+        for p in unet.parameters():
+            torch.nn.init.uniform_(p, -1, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return unet
+
+
+@pytest.mark.parametrize("size, count", [("sd_small", 579_384_964), ("sd_tiny", 323_384_964)])
+def test_pruned_at_true_size(sd15, size, count):
+    assert sum(p.numel() for p in sd15.parameters()) == 859_520_964
+    student = slice_unet(sd15, prepare_unet_small.pruned_config(sd15, size))
+    assert sum(p.numel() for p in student.parameters()) == count
+    ours, theirs = student.state_dict(), sd15.state_dict()
+    shift = 1 if size == "sd_tiny" else 0
+    for name in ours:
+        kept = name
+        if name.startswith("up_blocks."):
+            _, block, kind, layer, *rest = name.split(".")
+            if kind in ("resnets", "attentions"):
+                layer = {"0": "0", "1": "2"}[layer]  # of three layers the first and the last stay
+            kept = ".".join(["up_blocks", str(int(block) + shift), kind, layer, *rest])
+        assert torch.equal(ours[name], theirs[kept].float()), name
+
+
+def test_sliced_sd_tiny_has_65_million_parameters(sd15):
+    config = prepare_unet_small.pruned_config(sd15, "sd_tiny", (160, 384, 480))
+    with torch.device("meta"):
+        student = UNet2DConditionModel(**config)
+    assert abs(sum(p.numel() for p in student.parameters()) / 65e6 - 1) < 0.01
+
+
+@pytest.mark.parametrize("size", ["sd_small", "sd_tiny"])
+def test_the_saved_folder_is_stock(tmp_path, size):
+    done = run("v3/prepare_unet_small.py", "--teacher", "checkpoints/mini-teacher", "--size", size,
+               "--out", str(tmp_path / "u"))
+    assert done.returncode == 0, done.stderr
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "u")
+    assert f"{sum(p.numel() for p in unet.parameters()):,}" in done.stdout
+    assert unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 24, 128)).sample.shape == (1, 4, 8, 8)
+
+
+def test_a_teacher_of_another_family_is_one_line(tmp_path):
+    UNet2DConditionModel(
+        block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True, transformer_layers_per_block=1,
+        cross_attention_dim=16, attention_head_dim=(2, 4)).save_pretrained(tmp_path / "t" / "unet")
+    done = run("v3/prepare_unet_small.py", "--teacher", str(tmp_path / "t"), "--out", str(tmp_path / "u"))
+    assert done.returncode == 1 and "another family" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(small_set, tmp_path_factory):
+    out = tmp_path_factory.mktemp("v3") / "one"
+    done = run(*command(small_set, out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def test_two_processes_train_as_one(small_set, one_process, tmp_path):
+    done = run("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", *command(small_set, tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = lines(one_process), lines(tmp_path / "two")
+    assert len(one) == len(two) == 21
+    for a, b in zip(one[:20], two[:20]):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"], (a, b)
+    a, b = one[20]["evaluation"], two[20]["evaluation"]  # each process draws half of the pictures
+    assert a["samples"] == b["samples"] == 8
+    assert abs(a["FD(effnet-lite0)"] / b["FD(effnet-lite0)"] - 1) < 0.01
+    assert (one_process / "tensorboard").is_dir()
+
+
+def test_accumulated_passes_train_as_one(small_set, one_process, tmp_path):
+    done = run(*command(small_set, tmp_path / "accumulated", "--accumulate", "2", "--gradient-checkpointing"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(lines(one_process)[:20], lines(tmp_path / "accumulated")[:20]):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"], (a, b)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to a child process")
+def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, one_process, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, *command(small_set, out)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "checkpoint-00000010").is_dir():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(*command(small_set, out, "--resume"))
+    assert done.returncode == 0 and "going on at step" in done.stdout, done.stderr[-2000:]
+    weights = "student/unet/diffusion_pytorch_model.safetensors"
+    want, found = load_file(one_process / weights), load_file(out / weights)
+    assert all(torch.equal(want[k], found[k]) for k in want)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--size", "sd_huge"], "--size"), (["--batch-size", "7", "--accumulate", "2"], "multiple"),
+    (["--channels", "32,48"], "3 widths"), (["--shards", "nowhere"], "v3/data.py"),
+    (["--feature-blocks", "mid_block"], "mid_block"),
+])
+def test_a_users_mistake_is_one_clear_line(small_set, tmp_path, arguments, message):
+    done = run(*command(small_set, tmp_path / "x", *arguments))
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("processes, accumulate", [(1, 1), (2, 1), (3, 2)])
+def test_an_epoch_sees_every_sample_once(processes, accumulate):
+    class Indices(TrainingPairs):
+        def __init__(self):
+            self.usable, self._order, self.device, self.seen = np.arange(100), None, torch.device("cpu"), []
+
+        def batch(self, indices, choices):
+            self.seen += indices.tolist()
+            return torch.zeros(len(indices), 4, 1, 1), torch.zeros(len(indices), 1, 1)
+
+    pairs, parts = Indices(), processes * accumulate
+    chain = torch.arange(1000)
+    noise = []
+    for step in range(100 // 12):
+        noise.append([pairs.draw(step, 12, 0.1, 0, chain=chain, part=p, parts=parts).noise for p in range(parts)])
+    assert len(pairs.seen) == 96 and len(set(pairs.seen)) == 96  # 4 are left over of a last batch of 12
+    whole = Indices().draw(3, 12, 0.1, 0, chain=chain)
+    assert torch.equal(torch.cat(noise[3]), whole.noise)
+
+
+@pytest.fixture(scope="module")
+def shards(small_set, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    done = run("v3/data.py", "--coco", str(small_set), "--split", "train", "--shard-size", "6", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_shards_hold_every_picture_as_it_is(small_set, shards):
+    content = json.loads((small_set / "annotations" / "captions_train.json").read_text())
+    wanted = {i["id"]: i["file_name"] for i in content["images"]}
+    found = list(coco_dataset.samples(coco_dataset.find_shards(str(shards))))
+    assert sorted(int(x["__key__"]) for x in found) == sorted(wanted)
+    for sample in found:
+        file = small_set / "train" / wanted[int(sample["__key__"])]
+        assert sample[file.suffix[1:]] == file.read_bytes()
+        captions = [a["caption"] for a in content["annotations"] if a["image_id"] == int(sample["__key__"])]
+        assert coco_dataset.captions_of(sample) == captions
+    again = run("v3/data.py", "--check", str(shards))
+    assert again.returncode == 0 and "48 samples" in again.stdout
+
+
+def keys_of(stream, worker, workers, epochs=1):
+    keys = {}
+    for epoch, sample in stream.raw(worker, workers):
+        if epoch == epochs:
+            return keys
+        keys.setdefault(epoch, []).append(sample["__key__"])
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 1), (2, 2), (4, 2)])
+def test_every_sample_goes_to_one_worker_of_one_process(shards, processes, workers):
+    files = coco_dataset.find_shards(str(shards))
+    counts = Counter()
+    for rank in range(processes):
+        stream = coco_dataset.ShardStream(files, 32, 4, seed=0, rank=rank, processes=processes)
+        for worker in range(workers):
+            counts.update(keys_of(stream, worker, workers)[0])
+    assert len(counts) == 48 and set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_skips_goes_on_where_it_was(shards, workers):
+    files = coco_dataset.find_shards(str(shards))
+
+    def batches(skip, count):
+        stream = coco_dataset.ShardStream(files, 32, 4, seed=0, rank=0, processes=1, skip=skip)
+        loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers))
+        return [next(loader) for _ in range(count)]
+
+    whole = batches(0, 30)
+    for skip in (8, 14):
+        for (pixels, captions), (again, again_captions) in zip(whole[skip:], batches(skip, 30 - skip)):
+            if workers and skip % workers:
+                continue
+            assert torch.equal(pixels, again) and captions == again_captions
+
+
+def test_broken_shards_are_counted(shards, tmp_path):
+    for number, shard in enumerate(sorted(shards.glob("*.tar"))[:2]):
+        (tmp_path / f"{number}.tar").write_bytes(shard.read_bytes())
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
+    with tarfile.open(tmp_path / "2.tar", "w") as tar:
+        picture = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(picture, "PNG")
+        for name, content in (("a.png", b"no picture"), ("a.txt", b"a cat"), ("b.png", picture.getvalue()),
+                              ("c.png", picture.getvalue()), ("c.txt", b"a dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    done = run("v3/data.py", "--check", str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "1 broken pictures" in done.stdout and "1 without a caption" in done.stdout and "broken shards" in done.stdout
+
+
+def test_training_on_shards(small_set, shards, tmp_path):
+    done = run(*command(small_set, tmp_path / "s", "--shards", str(shards), "--workers", "2", "--steps", "4"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [x["step"] for x in lines(tmp_path / "s") if "loss" in x] == [1, 2, 3, 4]
+
+
+def test_inference_compares_from_the_same_noise(one_process, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat on the grass\n\na dog in the snow\n", "utf-8")
+    teacher = str(ROOT / "checkpoints" / "mini-teacher")
+    common = ("--steps", "3", "--guidance", "3", "--device", "cpu", "--prompts", str(prompts), "--grid")
+    done = run("v3/inference.py", "--model", teacher, "--compare", teacher, "--out", str(tmp_path / "same"), *common)
+    assert done.returncode == 0 and "s an image" in done.stdout, done.stderr[-2000:]
+    assert {p.name for p in (tmp_path / "same").iterdir()} == {"00000.png", "00001.png", "grid.png"}
+    pair = np.asarray(Image.open(tmp_path / "same" / "00001.png"))
+    assert pair.shape == (32, 64, 3) and np.array_equal(pair[:, :32], pair[:, 32:])
+    # one picture does not depend on its batch; a run's folder stands for its student
+    done = run("v3/inference.py", "--model", teacher, "--batch", "1", "--out", str(tmp_path / "single"), *common)
+    single = np.asarray(Image.open(tmp_path / "single" / "00001.png"))
+    assert done.returncode == 0 and np.abs(single.astype(int) - pair[:, :32]).max() <= 1
+    done = run("v3/inference.py", "--model", str(one_process), "--out", str(tmp_path / "student"), *common)
+    assert done.returncode == 0 and len(list(Path(tmp_path / "student").glob("0*.png"))) == 2
