@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,17 +44,17 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()
 
 
-def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[np.ndarray, list[int]]:
-    """The (rows, ...) fp16 array `<folder>/<name>.npy`, memory-mapped, and the rows that could not be made.
+def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[np.ndarray, dict]:
+    """The (rows, ...) fp16 array `<folder>/<name>.npy`, memory-mapped, and how it was made: `bad` rows, `seconds`.
 
     `produce(start)` yields (indices, end, values) from row `start`; how far it got is written after the data is on
     disk, so a killed run goes on there. Raises SystemExit where the disk is full.
     """
     path, done = folder / f"{name}.npy", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    state = json.loads(done.read_text()) if done.is_file() else {"rows": 0, "bad": []}
-    if state["rows"] and not path.is_file():
-        state = {"rows": 0, "bad": []}
+    fresh = {"rows": 0, "bad": [], "seconds": 0.0}
+    state = json.loads(done.read_text()) if done.is_file() and path.is_file() else fresh
+    began = time.perf_counter() - state["seconds"]
     try:
         if state["rows"] < shape[0]:
             array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=np.float16, shape=shape)
@@ -68,6 +69,7 @@ def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[n
                     since, state["rows"] = since + end - state["rows"], end
                     if since >= 8192 or end == shape[0]:
                         array.flush()
+                        state["seconds"] = time.perf_counter() - began
                         write_atomically(done, json.dumps(state).encode())
                         since = 0
             if state["rows"] < shape[0]:  # the last batches held nothing that can be decoded
@@ -80,7 +82,7 @@ def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[n
             raise
         raise SystemExit(f"error: the disk of {folder} is full ({np.prod(shape) * 2 / 1e9:.1f} GB are needed); free some "
                          "space and run again, what is cached is kept (or use --no-cache)") from None
-    return np.load(path, mmap_mode="r"), state["bad"]
+    return np.load(path, mmap_mode="r"), state
 
 
 def reserve(path: Path):
@@ -129,10 +131,10 @@ class TrainingPairs:
                 yield indices, end, encode_pictures(self.teacher.vae, stacked).cpu().numpy()
 
         side = self.dataset.size_px // self.teacher.vae_factor
-        self.latents, bad = filled(self.folder, "latents", (len(self.dataset), 4, side, side), produce, "img")
-        if bad:
-            self.usable = np.setdiff1d(self.usable, bad)
-            self.dataset.skipped["cannot be decoded"] = len(bad)
+        self.latents, made = filled(self.folder, "latents", (len(self.dataset), 4, side, side), produce, "img")
+        if made["bad"]:
+            self.usable = np.setdiff1d(self.usable, made["bad"])
+            self.dataset.skipped["cannot be decoded"] = len(made["bad"])
         if not len(self.usable):
             raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
 
@@ -227,6 +229,7 @@ class TeacherStore:
         if pairs.folder is None:
             raise SystemExit("error: the store of the teacher's predictions needs the cache: leave out --no-cache")
         self.pairs, self.dropouts, self.stored = pairs, dropouts, []
+        self.seconds = 0.0  # that it took to make, now or in an earlier run
         for k, dropout in enumerate(dropouts):
             def produce(start, k=k, batch=128):
                 for i in range(start, len(pairs), batch):
@@ -236,8 +239,9 @@ class TeacherStore:
                     yield indices.tolist(), int(indices[-1]) + 1, predict(noisy, timesteps, hidden).cpu().numpy()
 
             name = f"teacher-{fingerprint(pairs.teacher.unet)}-{k}-{dropout:.4f}"
-            array, _ = filled(pairs.folder, name, (len(pairs), *pairs.latents.shape[1:]), produce, "img")
+            array, made = filled(pairs.folder, name, (len(pairs), *pairs.latents.shape[1:]), produce, "img")
             self.stored.append(array)
+            self.seconds += made["seconds"]
 
     def fixed(self, k: int, indices: np.ndarray) -> Batch:
         """Draw k of the pictures `indices`."""

@@ -16,6 +16,7 @@ def load_image(path: Path, size_px: int) -> np.ndarray:
     Raises OSError (or another of Pillow's errors) where the file cannot be decoded whole.
     """
     with Image.open(path) as image:
+        image.draft(None, (size_px, size_px))  # JPEGs: the decoder's own down-scaling, to no less than what is wanted
         image = ImageOps.exif_transpose(image).convert("RGB")
     if image.size != (size_px, size_px):
         image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.BICUBIC)

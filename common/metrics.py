@@ -289,7 +289,7 @@ class Evaluator:
                 row = {"parameters": sum(p.numel() for p in teacher.unet.parameters()), **self.score(pictures, pictures),
                        "seconds an image": seconds}
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, save({"pictures": pictures}, metadata={"row": json.dumps(row)}))
+                write_atomically(path, save({"pictures": pictures.contiguous()}, metadata={"row": json.dumps(row)}))
             with safe_open(path, "pt") as kept:
                 self._teacher_side[count] = kept.get_tensor("pictures"), json.loads(kept.metadata()["row"])
         return self._teacher_side[count]

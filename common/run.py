@@ -105,7 +105,7 @@ class Run:
                         skipped, in_a_row = learner.bad_steps()
                         spent += time.perf_counter() - began
                         speed = (done - start) * learner.batch_size / spent
-                        self.log(step=done, **values, skipped_steps=skipped, images_per_s=speed)
+                        self.log(step=done, **values, skipped_steps=skipped, seconds=spent, images_per_s=speed)
                         bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}")
                         if in_a_row >= s.max_bad_steps:
                             learner.save(self.folder, done)

@@ -98,6 +98,7 @@ def main(s: Settings):
     if s.store:  # the teacher is paid once, here or by an earlier run
         rates = [linear(s.dropout_start, s.dropout_end, k, s.store) for k in range(s.store)]
         store = TeacherStore(world.pairs, world.teacher_pred, rates)
+        world.run.log(step=0, store_seconds=store.seconds)
 
     for step in world.run.steps(learner, s, "V-2.2", lambda step, count: evaluate(world, learner, step, count)):
         alpha = linear(s.alpha_start, s.alpha_end, step, s.steps)

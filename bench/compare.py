@@ -1,0 +1,142 @@
+"""Train every version on the embedded world under equal conditions and compare what comes out.
+
+    python bench/compare.py --quick      # one seed, short runs: 20 minutes on 2 cores
+    python bench/compare.py              # three seeds: about four hours; stopped, the same command goes on
+
+Same student, batch and seeds, once with equal steps and once with equal training time: the baseline's time on this
+machine, into which V-2.2 has to fit the making of its store of teacher predictions too. Writes table.md, curves.png
+and sheet.png into --out.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from common.settings import parse
+
+VERSIONS = {  # name: script and options
+    "baseline": ("v2/2.1.py", ["--random-start"]),
+    "V-1": ("v1/1.py", []),
+    "V-2.1": ("v2/2.1.py", []),
+    "V-2.2": ("v2/2.2.py", []),
+}
+METRICS = ("FD(effnet-lite0)", "FD(effnet-lite0) to reconstructions", "KID(effnet-lite0) to reconstructions",
+           "PD(effnet-lite0)", "caption accuracy", "caption accuracy, two objects")
+
+
+@dataclass
+class Settings:
+    out: str = "checkpoints/compare"  # the folder of runs, table and pictures
+    steps: int = 3_000  # of the runs with equal steps
+    seeds: int = 3  # runs of each kind
+    samples: int = 1_000  # pictures of the last evaluation
+    evaluations: int = 4  # points of the curves
+    quick: bool = False  # one seed, 500 steps, 300 pictures
+
+
+def lines(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    return [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
+
+
+def seconds_of(out: Path) -> tuple[float, float]:
+    """Seconds of a run's training steps, and of its store."""
+    found = lines(out)
+    return max(x.get("seconds", 0) for x in found), max((x["store_seconds"] for x in found if "store_seconds" in x), default=0)
+
+
+def train(version: str, out: Path, seed: int, steps: int, s: Settings):
+    """Run a version to its end, or find that it has been."""
+    if any(x["step"] == steps and "evaluation" in x for x in lines(out)) and (out / "student").is_dir():
+        return
+    script, options = VERSIONS[version]
+    resume = ["--resume"] if (out / "settings.json").is_file() else []
+    print(f"\n{version}, seed {seed}, {steps:,} steps: {out.name}", flush=True)
+    subprocess.run([sys.executable, str(ROOT / script), "--mini", "--out", str(out), "--seed", str(seed), "--steps", str(steps),
+                    "--eval-every", str(max(1, steps // s.evaluations)), "--final-samples", str(s.samples), *options, *resume],
+                   check=True, cwd=ROOT)
+
+
+def write_table(rows: dict[str, list[Path]], path: Path, title: str):
+    """Markdown: mean +- standard deviation over the seeds."""
+    def cell(values):
+        return f"{mean(values):.4g} ± {stdev(values):.2g}" if len(values) > 1 else f"{mean(values):.4g}"
+
+    text = [f"### {title}", "", "| | steps | seconds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for name, runs in rows.items():
+        last = [[x for x in lines(out) if "evaluation" in x][-1] for out in runs]
+        seconds = [sum(seconds_of(out)) for out in runs]
+        cells = [cell([x["evaluation"][metric] for x in last]) for metric in METRICS]
+        text.append(f"| {name} | {mean(x['step'] for x in last):,.0f} | {cell(seconds)} | " + " | ".join(cells) + " |")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n".join(text) + "\n\n")
+    print("\n" + "\n".join(text))
+
+
+def write_curves(rows: dict[str, list[Path]], path: Path):
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, 3), (METRICS[1], METRICS[2], METRICS[4])):
+        for name, runs in rows.items():
+            points = {}
+            for out in runs:
+                for x in lines(out):
+                    if "evaluation" in x:
+                        points.setdefault(x["step"], []).append(x["evaluation"][metric])
+            axis.plot(list(points), [mean(v) for v in points.values()], marker="o", label=name)
+        axis.set(title=metric, xlabel="step")
+    axis.legend()
+    figure.savefig(path, dpi=90)
+
+
+def write_sheet(rows: dict[str, list[Path]], path: Path):
+    """One row a version, from the runs' own sheets (teacher's row over the student's, captions below)."""
+    margin, pictures = 70, {name: Image.open(max((runs[0] / "samples").glob("step_*.png"))) for name, runs in rows.items()}
+    first = next(iter(pictures.values()))
+    cell, label = 112, first.height - 224
+    sheet = Image.new("RGB", (margin + first.width, cell * (len(rows) + 1) + label), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, name in enumerate(["teacher", *rows]):
+        top = 0 if name == "teacher" else cell
+        sheet.paste(pictures.get(name, first).crop((0, top, first.width, top + cell)), (margin, number * cell))
+        draw.text((4, number * cell + 48), name, fill="black")
+    sheet.paste(first.crop((0, 2 * cell, first.width, first.height)), (margin, sheet.height - label))
+    sheet.save(path)
+
+
+def main(s: Settings):
+    if s.quick:
+        s.steps, s.seeds, s.samples, s.evaluations = min(s.steps, 500), 1, min(s.samples, 300), 2
+    out = ROOT / s.out
+    out.mkdir(parents=True, exist_ok=True)
+    equal_steps = {name: [out / f"{name}-{s.steps}-steps-seed{k}" for k in range(s.seeds)] for name in VERSIONS}
+    for seed in range(s.seeds):
+        for name in VERSIONS:
+            train(name, equal_steps[name][seed], seed, s.steps, s)
+    budget = mean(seconds_of(run)[0] for run in equal_steps["baseline"])
+    equal_time = {"baseline": equal_steps["baseline"]}
+    for name in list(VERSIONS)[1:]:
+        training, store = (mean(v) for v in zip(*map(seconds_of, equal_steps[name])))
+        steps = max(10, round(s.steps * (budget - store) / training))
+        equal_time[name] = [out / f"{name}-equal-time-to-{s.steps}-seed{k}" for k in range(s.seeds)]
+        for seed, run in enumerate(equal_time[name]):
+            kept = run / "settings.json"  # a run that was begun keeps the steps that it was begun with
+            train(name, run, seed, json.loads(kept.read_text())["steps"] if kept.is_file() else steps, s)
+    (out / "table.md").unlink(missing_ok=True)
+    write_table(equal_steps, out / "table.md", f"Equal steps ({s.steps:,}), {s.seeds} seeds, {s.samples:,} samples")
+    write_table(equal_time, out / "table.md", f"Equal time ({budget:,.0f} s), {s.seeds} seeds, {s.samples:,} samples")
+    write_curves(equal_steps, out / "curves.png")
+    write_sheet(equal_steps, out / "sheet.png")
+    print(f"\ntable.md, curves.png and sheet.png are in {out}")
+
+
+if __name__ == "__main__":
+    main(parse(Settings, __doc__))
