@@ -211,7 +211,8 @@ class Evaluator:
     def __init__(self, features: str, dataset, teacher, folder: Path, device, how: dict,
                  reader: CategoryReader | None = None, accelerator=None):
         network, self.fd_name, self.kid_name, self.pd_name = FEATURES[features]
-        self.network, self.features_name = network().to(device), features
+        self.network = network().to(device)
+        self.network_key = fingerprint(features, EFFNET_INPUT_PX, self.network.net)
         self.dataset, self.teacher, self.folder, self.device, self.how = dataset, teacher, Path(folder), device, how
         self.accelerator = accelerator if accelerator and accelerator.num_processes > 1 else None
         self.reader, self.objects = reader, None
@@ -255,7 +256,7 @@ class Evaluator:
     def reference(self, kind: str, count: int) -> torch.Tensor:
         """Features of the first `count` `real` validation pictures, or of their `reconstructions`."""
         if (kind, count) not in self._reference:
-            key = fingerprint(self.features_name, EFFNET_INPUT_PX, self.dataset.annotations, self.dataset.size_px, count,
+            key = fingerprint(self.network_key, self.dataset.annotations, self.dataset.size_px, count,
                               kind, *([self.teacher.vae] if kind == "reconstructions" else []))
             path = self.folder / f"features-{kind}-{key}.npy"
             if not self._kept(path):
@@ -279,8 +280,8 @@ class Evaluator:
         count = min(count, len(self.captions))
         if count not in self._teacher_side:
             teacher, captions = self.teacher, self.captions[:count]
-            key = fingerprint(teacher.unet, teacher.vae, teacher.text_encoder, captions, self.how, self.features_name,
-                              EFFNET_INPUT_PX)
+            key = fingerprint(teacher.unet, teacher.vae, teacher.text_encoder, captions, self.how,
+                              self.network_key)
             name = f"teacher-{count}-{key}.safetensors"
             shipped = Path(teacher.name) / "evaluation" / name
             path = shipped if shipped.is_file() else Path(keep or self.folder) / name

@@ -75,9 +75,9 @@ class Settings:
 
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v2.2-mini", channels=(16, 32, 32, 48), steps=900, batch_size=64, lr=2e-3, ema_decay=0.99,
-    features="effnet-lite0", guidance=3.0, eval_every=450, eval_samples=100, final_samples=1_000, cache_gb=0.5,
-    save_every=300,
+    out="checkpoints/v2.2-mini", channels=(32, 48, 48), layers=1, groups=4, steps=2_000, store=2, lr=5e-3, ema_decay=0.99,
+    features="effnet-lite0", guidance=3.0, eval_every=1_000, eval_samples=100, final_samples=1_000, cache_gb=0.5,
+    save_every=250,
 )
 
 

@@ -35,13 +35,13 @@ class Settings:
     fp16: bool = False  # write half precision
 
 
-def pruned_config(teacher: UNet2DConditionModel, size: str, channels: tuple[int, ...] = ()) -> dict:
-    """The config of a pruned student. Raises SystemExit where `channels` do not fit the teacher."""
+def pruned_config(teacher: UNet2DConditionModel, size: str, channels: tuple[int, ...] = (), groups: int = 0) -> dict:
+    """The config of a pruned student. Raises SystemExit where `channels` and GroupNorm `groups` do not fit the teacher."""
     wide = teacher.config.block_out_channels
     kept = wide if size == "sd_small" else wide[:-1]
     check({f"--channels must give {size} {len(kept)} widths": len(channels) in (0, len(kept)),
            f"--size must be one of {', '.join(SIZES)}": size in SIZES})
-    return student_config(teacher, tuple(channels) or kept, layers=1, mid_block=size == "sd_small")
+    return student_config(teacher, tuple(channels) or kept, layers=1, groups=groups, mid_block=size == "sd_small")
 
 
 def main(s: Settings):

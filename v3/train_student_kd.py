@@ -47,6 +47,7 @@ class Settings:
     # the student
     size: str = "sd_tiny"  # sd_small (579 M of SD-1.5's 860 M) or sd_tiny (323 M), before --channels
     channels: tuple[int, ...] = (160, 384, 480)  # width of each level that is left (these: 65.6 M); all: the teacher's
+    groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     random_start: bool = False  # start from random weights, not from the teacher's
     # training
     steps: int = 60_000  # optimizer steps
@@ -91,9 +92,9 @@ class Settings:
 
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v3-mini", channels=(32, 48, 64), steps=900, batch_size=64, lr=2e-3, ema_decay=0.99,
-    features="effnet-lite0", guidance=3.0, eval_every=450, eval_samples=100, final_samples=1_000, cache_gb=0.5,
-    save_every=300,
+    out="checkpoints/v3-mini", channels=(32, 48, 64), groups=4, steps=1_000, lr=5e-3, ema_decay=0.99,
+    features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
+    save_every=250,
 )
 
 
@@ -209,7 +210,7 @@ def main(s: Settings):
         "--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1,
         "--task-weight, --kd-weight and --feature-weight must not be negative, nor all be 0":
             min(s.task_weight, s.kd_weight, s.feature_weight) >= 0 < s.task_weight + s.kd_weight + s.feature_weight,
-    }, lambda unet: pruned_config(unet, s.size, s.channels), accelerator)
+    }, lambda unet: pruned_config(unet, s.size, s.channels, s.groups), accelerator)
     noise_scheduler, pairs = world.teacher.noise_scheduler, world.pairs
     if s.shards:
         from coco_dataset import ShardPairs

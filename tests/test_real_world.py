@@ -1,0 +1,66 @@
+"""The real world's code on stand-ins of its layout: Inception features and FID, true-size pieces."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from PIL import Image
+
+stand_in = script("bench/stand_in.py")
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A torch home with random Inception and AlexNet weights, in force for this module."""
+    home = tmp_path_factory.mktemp("torch home")
+    torch.manual_seed(0)
+    stand_in.make_metric_networks(home / "hub" / "checkpoints")
+    before = os.environ.get("TORCH_HOME")
+    os.environ["TORCH_HOME"] = str(home)
+    yield home
+    os.environ.pop("TORCH_HOME")
+    if before is not None:
+        os.environ["TORCH_HOME"] = before
+
+
+def test_fid_is_the_pytorch_fid_commands(networks, mini, tmp_path):
+    from common.metrics import InceptionV3, frechet_distance
+
+    rng = np.random.default_rng(0)
+    folders = {}
+    for name, first in (("a", 0), ("b", 60)):
+        files = sorted((mini / "val").iterdir())[first : first + 60]
+        pictures = np.stack([np.asarray(Image.open(f).convert("RGB").resize((64, 64))) for f in files])
+        if name == "b":
+            pictures = (pictures + rng.normal(0, 20, pictures.shape)).clip(0, 255).astype(np.uint8)
+        folders[name] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+    done = subprocess.run([sys.executable, "-c", "import common, runpy; runpy.run_module('pytorch_fid', run_name='__main__')",
+                           str(tmp_path / "a"), str(tmp_path / "b"), "--device", "cpu", "--num-workers", "0"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    want = float(done.stdout.split("FID:")[1])
+    network = InceptionV3()
+    with torch.no_grad():
+        found = frechet_distance(*(torch.cat([network(p) for p in folders[k].split(20)]) for k in "ab"))
+    assert want > 0 and abs(found / want - 1) < 1e-3, (found, want)
+
+
+def test_lpips_is_the_packages_own(networks):
+    import lpips
+
+    from common.metrics import InceptionV3
+
+    torch.manual_seed(0)
+    a, b = torch.randint(256, (2, 3, 3, 64, 64)).to(torch.uint8)
+    network = InceptionV3()
+    with torch.no_grad():
+        want = lpips.LPIPS(net="alex", verbose=False).eval()(a.float() / 127.5 - 1, b.float() / 127.5 - 1).flatten()
+        torch.testing.assert_close(network.distance(a, b), want)
+        assert network.distance(a, a).abs().max() == 0
