@@ -37,9 +37,8 @@ from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common.cache import encode_pictures
 from common.metrics import CategoryReader, caption_accuracy, drawn_objects, object_crops
-from common.sampling import decode
+from common.sampling import reconstruct
 from data.draw_mini import draw_mini
 
 PIXELS = 32
@@ -229,12 +228,8 @@ def train_unet(name, unet, text_encoder, tokenizer, latents, captions, scenes, *
 
 def train_reader(vae: AutoencoderKL, data: Path, pictures: torch.Tensor, val_pictures: torch.Tensor, settings: Settings):
     """The classifier of drawn categories, on the set's pictures and their reconstructions; prints its accuracy."""
-    with torch.no_grad():
-        def rebuild(batch):
-            return decode(vae, encode_pictures(vae, batch))
-
-        sets = {"train": pictures[:12_000], "val": val_pictures}
-        rebuilt = {k: torch.cat([rebuild(b) for b in tqdm(p.split(250), desc=f"rebuilding {k}")]) for k, p in sets.items()}
+    sets = {"train": pictures[:12_000], "val": val_pictures}
+    rebuilt = {k: reconstruct(vae, p) for k, p in sets.items()}
     objects = {}
     for split in sets:
         ids = [i["id"] for i in json.loads((data / "annotations" / f"captions_{split}.json").read_text())["images"]]
@@ -300,7 +295,8 @@ def main(settings: Settings):
     text_encoder.config.dtype = torch.float32
     text_encoder.config.save_pretrained(Path(settings.out) / "text_encoder")
     (work / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
-    train_reader(vae, data, pictures, val_pictures, settings)
+    if not settings.start:  # the reader depends on the pictures and the autoencoder only
+        train_reader(vae, data, pictures, val_pictures, settings)
     print(f"The teacher lies in {settings.out}")
 
 

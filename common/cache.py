@@ -1,15 +1,18 @@
 """Latents and caption embeddings of a data set, computed once and kept on disk: the frozen parts are paid once."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from common.coco import CocoCaptions, pictures
@@ -48,41 +51,69 @@ def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[n
     """The (rows, ...) fp16 array `<folder>/<name>.npy`, memory-mapped, and how it was made: `bad` rows, `seconds`.
 
     `produce(start)` yields (indices, end, values) from row `start`; how far it got is written after the data is on
-    disk, so a killed run goes on there. Raises SystemExit where the disk is full.
+    disk, so a killed run goes on there. A file that is not what its checksum says is made again, and of two runs that
+    start at once the second waits. Raises SystemExit where the disk is full.
     """
     path, done = folder / f"{name}.npy", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = {"rows": 0, "bad": [], "seconds": 0.0}
-    state = json.loads(done.read_text()) if done.is_file() and path.is_file() else fresh
-    began = time.perf_counter() - state["seconds"]
-    try:
+    with FileLock(folder / "lock"), full_disk_is_one_line(folder, "what is cached is kept (or use --no-cache)"):
+        state = json.loads(done.read_text()) if done.is_file() and path.is_file() else {}
+        if state and not fits(path, shape):
+            state = {}
+        elif state.get("rows") == shape[0] and state.get("crc32") != checksum(path):
+            print(f"{path} is damaged; making it again")
+            state = {}
+        state = state or {"rows": 0, "bad": [], "seconds": 0.0, "crc32": 0}
         if state["rows"] < shape[0]:
             array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=np.float16, shape=shape)
             if not state["rows"]:
                 reserve(path)
-            since = 0
+            began, since = time.perf_counter() - state["seconds"], 0
             with tqdm(total=shape[0], initial=state["rows"], desc=f"caching {name}", unit=unit) as bar:
                 for indices, end, values in produce(state["rows"]):
                     array[indices] = values
                     state["bad"] += sorted(set(range(state["rows"], end)) - set(indices))
                     bar.update(end - state["rows"])
                     since, state["rows"] = since + end - state["rows"], end
-                    if since >= 8192 or end == shape[0]:
+                    if since >= 8192 and end < shape[0]:
                         array.flush()
                         state["seconds"] = time.perf_counter() - began
                         write_atomically(done, json.dumps(state).encode())
                         since = 0
-            if state["rows"] < shape[0]:  # the last batches held nothing that can be decoded
-                state["bad"] += range(state["rows"], shape[0])
-                state["rows"] = shape[0]
-                write_atomically(done, json.dumps(state).encode())
+            state["bad"] += range(state["rows"], shape[0])  # the last batches held nothing that can be decoded
+            array.flush()
             del array
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SystemExit(f"error: the disk of {folder} is full ({np.prod(shape) * 2 / 1e9:.1f} GB are needed); free some "
-                         "space and run again, what is cached is kept (or use --no-cache)") from None
+            state |= {"rows": shape[0], "seconds": time.perf_counter() - began, "crc32": checksum(path)}
+            write_atomically(done, json.dumps(state).encode())
     return np.load(path, mmap_mode="r"), state
+
+
+def fits(path: Path, shape: tuple) -> bool:
+    """Whether the .npy file has this shape and all of its bytes."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError):
+        return False
+    return array.shape == shape and array.dtype == np.float16
+
+
+def checksum(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+@contextlib.contextmanager
+def full_disk_is_one_line(folder: Path, kept: str):
+    """Turns "no space left" into SystemExit with a line that says what is `kept`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            raise
+        raise SystemExit(f"error: the disk of {folder} is full; free some space and run again, {kept}") from None
 
 
 def reserve(path: Path):
@@ -134,7 +165,8 @@ class TrainingPairs:
         self.latents, made = filled(self.folder, "latents", (len(self.dataset), 4, side, side), produce, "img")
         if made["bad"]:
             self.usable = np.setdiff1d(self.usable, made["bad"])
-            self.dataset.skipped["cannot be decoded"] = len(made["bad"])
+            for i in made["bad"]:
+                self.dataset.skip("cannot be decoded", self.dataset.files[i])
         if not len(self.usable):
             raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ class CocoCaptions(torch.utils.data.Dataset):
     """The pictures of one split that exist and have a caption.
 
     Item i is a (3, size_px, size_px) uint8 tensor, or None where the file cannot be decoded. `captions[i]` are its
-    captions; `skipped` counts what was left out, by reason.
+    captions; `skipped` counts what was left out, by reason, and `examples` names the first few.
     Raises SystemExit with one line where the folder or its annotations cannot be used.
     """
 
@@ -41,36 +40,46 @@ class CocoCaptions(torch.utils.data.Dataset):
                 f"error: no COCO captions: {missing} is missing. Either download the set (about 20 GB):\n"
                 f"  python data/download_coco.py --out {self.root}\nor run the embedded world with --mini"
             )
+        present = {entry.name for entry in folder.iterdir()}
+        self.files, self.captions, self.image_ids = [], [], []
+        self.skipped, self.examples = {"missing file": 0, "no caption": 0}, []
         try:
             from pycocotools.coco import COCO
 
             with contextlib.redirect_stdout(io.StringIO()):  # it prints its timings
                 coco = COCO(str(self.annotations))
-            images = sorted(coco.dataset["images"], key=lambda image: image["id"])
-            by_image = coco.imgToAnns
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
+            for image in sorted(coco.dataset["images"], key=lambda image: image["id"]):
+                texts = [" ".join(str(a.get("caption", "")).split()) for a in coco.imgToAnns.get(image["id"], [])]
+                texts = [t for t in texts if t]
+                if image["file_name"] not in present:
+                    self.skip("missing file", image["file_name"])
+                elif not texts:
+                    self.skip("no caption", image["file_name"])
+                else:
+                    self.files.append(image["file_name"])
+                    self.captions.append(texts)
+                    self.image_ids.append(image["id"])
+                    if limit and len(self.files) == limit:
+                        break
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             raise SystemExit(
-                f"error: {self.annotations} is not a COCO captions file ({type(error).__name__}: {error}); "
+                f"error: {self.annotations} is not a COCO captions file ({type(error).__name__}: {str(error)[:100]}); "
                 "download it again with data/download_coco.py"
             ) from None
-        present = {entry.name for entry in folder.iterdir()}
-        self.files, self.captions, self.image_ids = [], [], []
-        self.skipped = {"missing file": 0, "no caption": 0}
-        for image in images:
-            texts = [" ".join(str(a.get("caption", "")).split()) for a in by_image.get(image["id"], [])]
-            texts = [t for t in texts if t]
-            if image["file_name"] not in present:
-                self.skipped["missing file"] += 1
-            elif not texts:
-                self.skipped["no caption"] += 1
-            else:
-                self.files.append(image["file_name"])
-                self.captions.append(texts)
-                self.image_ids.append(image["id"])
-                if limit and len(self.files) == limit:
-                    break
         if not self.files:
             raise SystemExit(f"error: {self.annotations} names no picture in {folder} that has a caption")
+
+    def skip(self, why: str, name: str):
+        self.skipped[why] = self.skipped.get(why, 0) + 1
+        if len(self.examples) < 5:
+            self.examples.append(f"{name} ({why})")
+
+    def check_share(self, most: float):
+        """Raises SystemExit where more than the share `most` of the pictures had to be left out."""
+        bad = sum(self.skipped.values())
+        if bad > most * (len(self.files) + bad):
+            raise SystemExit(f"error: {bad:,} of {len(self.files) + bad:,} pictures cannot be used, such as "
+                             f"{', '.join(self.examples)}; mend the set, or allow more with --max-broken")
 
     def __len__(self) -> int:
         return len(self.files)

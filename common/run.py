@@ -14,7 +14,7 @@ import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common.cache import write_atomically
+from common.cache import full_disk_is_one_line, write_atomically
 
 
 def pick_device(name: str) -> torch.device:
@@ -93,7 +93,8 @@ class Run:
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         spent = 0.0
         try:
-            with tqdm(total=s.steps, initial=start, desc=title, unit="step", disable=not self.main) as bar:
+            with full_disk_is_one_line(self.folder, "with --resume; the last checkpoint is kept"), \
+                    tqdm(total=s.steps, initial=start, desc=title, unit="step", disable=not self.main) as bar:
                 if due(start) and not any(x["step"] == start and "evaluation" in x for x in self.lines()):
                     small_evaluation(start)  # the stop came between the checkpoint and its evaluation
                 for step in range(start, s.steps):

@@ -43,7 +43,7 @@ def _load(kind, name: str, subfolder: str, **options):
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The frozen U-Net of a folder or hub id. Raises SystemExit with one line where it is of another family than SD-1.x."""
-    unet = _load(UNet2DConditionModel, name, "unet", dtype=dtype)
+    unet = _load(UNet2DConditionModel, name, "unet", dtype=dtype, use_safetensors=True)
     config = unet.config
     plain = (config.addition_embed_type is None and config.class_embed_type is None and not config.use_linear_projection
              and isinstance(config.attention_head_dim, int) and isinstance(config.layers_per_block, int)
@@ -58,8 +58,8 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionM
 def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:
     """Load `name`, a folder or a hub id. Raises SystemExit with one line where that cannot be done."""
     unet = load_unet(name, dtype)
-    vae = _load(AutoencoderKL, name, "vae", dtype=dtype)
-    text_encoder = _load(CLIPTextModel, name, "text_encoder", dtype=dtype)
+    vae = _load(AutoencoderKL, name, "vae", dtype=dtype, use_safetensors=True)
+    text_encoder = _load(CLIPTextModel, name, "text_encoder", dtype=dtype, use_safetensors=True)
     tokenizer = _load(CLIPTokenizer, name, "tokenizer")
     scheduler = _load(DDPMScheduler, name, "scheduler")
     if scheduler.config.prediction_type != "epsilon":

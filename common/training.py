@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.cache import TrainingPairs, write_atomically
+from common.cache import TrainingPairs, full_disk_is_one_line, write_atomically
 from common.coco import CocoCaptions
 from common.ema import EMA
 from common.metrics import FEATURES, Evaluator, load_reader
@@ -58,6 +58,7 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         "--warmup and --ema-decay must lie between 0 and 1": 0 < s.warmup < 1 and 0 <= s.ema_decay < 1,
         "--weight-decay, --cache-gb, --workers and --eval-every must not be negative":
             min(s.weight_decay, s.cache_gb, s.workers, s.eval_every) >= 0,
+        "--max-broken must lie in 0..1": 0 <= s.max_broken <= 1,
         "--sample-steps must lie in 1..1000": 1 <= s.sample_steps <= 1000,
         "--save-every, --log-every, --eval-batch and --max-bad-steps must be at least 1":
             min(s.save_every, s.log_every, s.eval_batch, s.max_bad_steps) >= 1,
@@ -95,6 +96,7 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         cache = ROOT / "data" / "cache"
         pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device,
                               workers=s.workers)
+    train_set.check_share(s.max_broken)
     check({too_few.format(s.batch_size, len(pairs)): s.batch_size <= len(pairs)})
     how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
                batch=s.eval_batch)
@@ -102,7 +104,8 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
                           accelerator)
     if main:
         left_out = ", ".join(f"{n} {why}" for why, n in train_set.skipped.items() if n)
-        print(f"{len(pairs):,} training pictures" + (f" (left out: {left_out})" if left_out else ""))
+        print(f"{len(pairs):,} training pictures" + (f" (left out: {left_out}, such as {train_set.examples[0]})"
+                                                     if left_out else ""))
         ours, theirs = (sum(p.numel() for p in unet.parameters()) for unet in (student, teacher.unet))
         print(f"student: {ours / 1e6:.2f} M parameters, {ours / theirs:.1%} of the teacher's U-Net")
     return World(teacher, student, pairs, evaluator, run, device, dtype)
@@ -203,6 +206,11 @@ def evaluate(world: World, learner: Learner, step: int, count: int) -> dict:
 
 def finish(world: World, learner: Learner, s, title: str):
     """The last evaluation; saves the student as a stock pipeline and prints the closing table."""
+    with full_disk_is_one_line(world.run.folder, "with --resume; the trained weights are kept"):
+        _finish(world, learner, s, title)
+
+
+def _finish(world: World, learner: Learner, s, title: str):
     row = evaluate(world, learner, s.steps, s.final_samples)
     _, teacher_row = world.evaluator.teacher_side(row["samples"])
     if not world.run.main:

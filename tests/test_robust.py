@@ -1,0 +1,208 @@
+"""Broken input is one clear line or is skipped and counted; caches mend themselves."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common.cache import TrainingPairs, filled
+from common.coco import CocoCaptions, load_image
+from common.teacher import load_teacher
+
+CASES = int(os.environ.get("FUZZ_CASES", 200))
+fuzz = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def jpeg(mode="RGB", size=(40, 30), format="JPEG"):
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fuzzed set")
+    (root / "train").mkdir()
+    (root / "annotations").mkdir()
+    (root / "train" / "a.jpg").write_bytes(jpeg())
+    return root
+
+
+def open_set(root):
+    """The set, or the line that refuses it."""
+    try:
+        return CocoCaptions(root, "train", 32)
+    except SystemExit as refused:
+        assert str(refused).startswith("error: ") and "\n" not in str(refused)
+        return None
+
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("a.jpg"),
+                      lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=6)
+IMAGES = st.lists(st.fixed_dictionaries({}, optional={"id": VALUES, "file_name": VALUES, "width": VALUES}) | VALUES, max_size=4)
+CAPTIONS = st.lists(
+    st.fixed_dictionaries({}, optional={"id": VALUES, "image_id": VALUES, "caption": VALUES}) | VALUES, max_size=4)
+
+
+@fuzz
+@given(st.fixed_dictionaries({}, optional={"images": IMAGES | VALUES, "annotations": CAPTIONS | VALUES}) | VALUES)
+@example({"annotations": []})
+@example({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "x" * 10_000}]})
+def test_any_annotations_give_a_set_or_one_line(folder, content):
+    (folder / "annotations" / "captions_train.json").write_text(json.dumps(content))
+    found = open_set(folder)
+    assert found is None or len(found) == len(found.captions) > 0 and all(c and all(c) for c in found.captions)
+
+
+@fuzz
+@given(st.binary(max_size=60))
+def test_any_bytes_as_annotations_give_one_line(folder, content):
+    (folder / "annotations" / "captions_train.json").write_bytes(content)
+    assert open_set(folder) is None
+
+
+WHOLE = [jpeg(), jpeg("CMYK"), jpeg("L"), jpeg("P", format="PNG"), jpeg("RGBA", format="PNG"), jpeg("I;16", format="PNG"),
+         jpeg(size=(1, 1)), jpeg("LA", format="PNG"), jpeg(size=(3, 400)), jpeg(format="GIF"), jpeg(format="WEBP")]
+
+
+@fuzz
+@given(st.sampled_from(WHOLE), st.integers(0, 2**16), st.integers(0, 2**16), st.binary(max_size=4))
+def test_any_picture_bytes_give_a_picture_or_none(folder, whole, cut, at, patch):
+    """Cut short, and with a few bytes overwritten."""
+    content = bytearray(whole[: cut % (2 * len(whole))])
+    place = at % (len(content) + 1)
+    content[place : place + len(patch)] = patch
+    (folder / "train" / "a.jpg").write_bytes(content)
+    (folder / "annotations" / "captions_train.json").write_text(json.dumps(
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]}))
+    picture = CocoCaptions(folder, "train", 32)[0]
+    assert picture is None or picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("content", WHOLE)
+def test_every_kind_of_picture_loads(content):
+    assert load_image(io.BytesIO(content), 32).shape == (32, 32, 3)
+
+
+def test_a_decompression_bomb_is_no_picture(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (folder / "train" / "a.jpg").write_bytes(jpeg(size=(100, 100)))
+    (folder / "annotations" / "captions_train.json").write_text(json.dumps(
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]}))
+    assert CocoCaptions(folder, "train", 32)[0] is None
+
+
+def test_too_many_broken_pictures_stop_with_one_line(small_set):
+    dataset = CocoCaptions(small_set, "train", 32)
+    dataset.check_share(0.0)
+    for name in ("a.jpg", "b.jpg"):
+        dataset.skip("cannot be decoded", name)
+    dataset.check_share(2 / 50)
+    with pytest.raises(SystemExit, match="2 of 50 .*a.jpg .cannot be decoded"):
+        dataset.check_share(0.03)
+
+
+def test_a_picture_outside_the_folder_is_not_read(folder, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    name = os.path.relpath(tmp_path / "secret.jpg", folder / "train")
+    (folder / "train" / "a.jpg").write_bytes(jpeg())
+    (folder / "annotations" / "captions_train.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": name}, {"id": 2, "file_name": "a.jpg"}],
+        "annotations": [{"id": i, "image_id": i, "caption": "x"} for i in (1, 2)]}))
+    dataset = CocoCaptions(folder, "train", 32)
+    assert dataset.files == ["a.jpg"] and dataset.skipped["missing file"] == 1
+
+
+def count_up(calls):
+    def produce(start):
+        for i in range(start, 50, 10):
+            calls.append(i)
+            yield list(range(i, i + 10)), i + 10, np.full((10, 4), i, np.float16)
+    return produce
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no record", "other shape"])
+def test_a_damaged_cache_is_made_again(tmp_path, damage):
+    calls = []
+    want = np.array(filled(tmp_path, "x", (50, 4), count_up(calls), "row")[0])
+    assert len(calls) == 5
+    path, record = tmp_path / "x.npy", tmp_path / "x.json"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-8])
+    elif damage == "changed":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "no record":
+        record.unlink()
+    else:
+        np.save(path, np.zeros((50, 2), np.float16))
+    found, _ = filled(tmp_path, "x", (50, 4), count_up(calls), "row")
+    assert np.array_equal(found, want) and len(calls) == 10
+    filled(tmp_path, "x", (50, 4), count_up(calls), "row")
+    assert len(calls) == 10
+
+
+def test_two_runs_that_start_at_once_make_one_cache(tmp_path):
+    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport time, numpy as np\nfrom pathlib import Path\n"
+               "from common.cache import filled\n"
+               "def produce(start):\n    for i in range(start, 50):\n"
+               "        print('made', flush=True)\n        time.sleep(0.01)\n"
+               "        yield [i], i + 1, np.full((1, 4), i, np.float16)\n"
+               f"a, _ = filled(Path({str(tmp_path)!r}), 'x', (50, 4), produce, 'row')\n"
+               "assert (a[:, 0] == np.arange(50)).all()\n")
+    runs = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    made = [run.communicate()[0].count("made") for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and sorted(made) == [0, 50]
+
+
+def test_a_teacher_in_pickles_is_refused(teacher, tmp_path):
+    folder = tmp_path / "teacher"
+    for name in ("unet", "vae", "text_encoder"):
+        getattr(teacher, name).save_pretrained(folder / name, safe_serialization=False)
+    teacher.tokenizer.save_pretrained(folder / "tokenizer")
+    teacher.noise_scheduler.save_pretrained(folder / "scheduler")
+    with pytest.raises(SystemExit, match="error: the teacher"):
+        load_teacher(str(folder), torch.device("cpu"))
+
+
+def test_workers_may_be_spawned_and_paths_hold_spaces_and_letters(small_set, tmp_path):
+    root = tmp_path / "Bilder für später"
+    os.rename(small_set, root)
+    try:
+        program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
+                   "from common.coco import CocoCaptions, pictures\n"
+                   "if __name__ == '__main__':\n    torch.multiprocessing.set_start_method('spawn')\n"
+                   f"    found = [i for _, indices in pictures(CocoCaptions({str(root)!r}, 'train', 32), 16, workers=2) "
+                   "for i in indices]\n    assert found == list(range(48))\n")
+        (tmp_path / "program.py").write_text(program, "utf-8")
+        done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    finally:
+        os.rename(root, small_set)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small disk takes root on Linux")
+def test_a_full_disk_is_one_line_and_the_run_goes_on_after(small_set, teacher, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        pairs = CocoCaptions(small_set, "train", 32)
+        with pytest.raises(SystemExit, match="disk .* is full"):
+            TrainingPairs(pairs, teacher, disk, caption_gb=1, device=torch.device("cpu"))
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        assert len(TrainingPairs(pairs, teacher, disk, caption_gb=1, device=torch.device("cpu"))) == 48
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
