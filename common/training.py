@@ -93,7 +93,7 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         for model in (student.to(device).train(), teacher.unet):
             model.to(memory_format=torch.channels_last)
         run.start()
-        cache = ROOT / "data" / "cache"
+        cache = ROOT / s.cache_folder
         pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device,
                               workers=s.workers)
     train_set.check_share(s.max_broken)

@@ -50,7 +50,7 @@ class Settings:
     alpha_end: float = 0.5  # and at the last one, linear in between
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
     dropout_end: float = 0.2  # and at the last one, linear in between
-    store: int = 0  # draws of each picture whose teacher predictions are kept in data/cache for all runs; 0: fresh draws
+    store: int = 0  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved
     # evaluation
     features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
@@ -64,7 +64,8 @@ class Settings:
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: str = "auto"  # of autocast: auto, fp32, fp16 or bf16
-    cache: bool = True  # keep latents and caption embeddings in data/cache; --no-cache encodes them at every step
+    cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
+    cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
     workers: int = 0  # processes that decode pictures
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable

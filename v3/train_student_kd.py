@@ -78,7 +78,8 @@ class Settings:
     eval_batch: int = 100  # pictures sampled at a time, by each process
     # machine
     cpu: bool = False  # stay on the CPU where there is a GPU
-    cache: bool = True  # keep latents and caption embeddings in data/cache; --no-cache encodes them at every step
+    cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
+    cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
     workers: int = 0  # processes that decode pictures
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
