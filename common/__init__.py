@@ -1,6 +1,11 @@
 """What the versions share and is not their idea: data, teacher, slicing, EMA, sampling, metrics, checkpoints."""
 
+import warnings
+
 import torch
+
+# diffusers passes the hub's client an argument that it no longer takes
+warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 
 try:
     import torchvision  # noqa: F401

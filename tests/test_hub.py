@@ -1,0 +1,120 @@
+"""Loading a teacher by hub id, against a server on loopback that serves the embedded teacher as a hub repository."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from urllib.parse import unquote, urlparse
+
+import pytest
+from conftest import ROOT
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FOLDER = ROOT / "checkpoints" / "mini-teacher"
+PROGRAM = ("import sys; sys.path.insert(0, '.')\nimport common, torch\nfrom common.teacher import load_teacher\n"
+           "teacher = load_teacher(sys.argv[1], torch.device('cpu'))\n"
+           "print('loaded', sum(p.numel() for p in teacher.unet.parameters()))\n")
+
+
+@pytest.fixture
+def hub():
+    """(environment that points at the server, list of (method, path, range) requests, dict of what to break)."""
+    requests, broken = [], {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def answer(self, status, body=b"", **headers):
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            path = unquote(urlparse(self.path).path)
+            requests.append((self.command, path, self.headers.get("Range")))
+            if path.startswith("/api/models/somebody/mini"):
+                names = [str(f.relative_to(FOLDER)).replace(os.sep, "/") for f in FOLDER.rglob("*") if f.is_file()]
+                if "/tree/" in path:
+                    below = path.split("/tree/")[1].partition("/")[2]
+                    listing = [{"type": "file", "path": n, "size": 1, "oid": COMMIT} for n in names if n.startswith(below)]
+                else:
+                    listing = {"id": "somebody/mini", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+                return self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
+            prefix = "/somebody/mini/resolve/"
+            if not path.startswith(prefix):
+                return self.answer(404 if "somebody/mini" in path else 401, X_Error_Code="RepoNotFound", X_Error_Message="-")
+            name = path[len(prefix):].split("/", 1)[1]
+            file = FOLDER / name
+            if not file.is_file():
+                return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="-")
+            body, start = file.read_bytes(), 0
+            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            whole = len(body)
+            if self.headers.get("Range"):
+                start = int(self.headers["Range"].split("=")[1].split("-")[0])
+                headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
+                body = body[start:]
+            if self.command == "GET" and broken.pop(name, None):  # the line is cut half way, once
+                self.send_response(200)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: len(body) // 2])
+                self.wfile.flush()
+                self.close_connection = True
+                return None
+            return self.answer(206 if start else 200, body, **headers)
+
+        do_HEAD = do_GET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+                   "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "HF_HUB_ETAG_TIMEOUT": "5",
+                   "HF_HUB_DISABLE_TELEMETRY": "1"}
+    yield environment, requests, broken
+    server.shutdown()
+
+
+def load(name, environment, home):
+    return subprocess.run([sys.executable, "-c", PROGRAM, name], capture_output=True, text=True, cwd=ROOT,
+                          env={**environment, "HF_HOME": str(home)})
+
+
+def test_a_hub_id_loads_and_goes_on_after_a_cut_connection(hub, tmp_path):
+    environment, requests, broken = hub
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    broken[weights] = True
+    done = load("somebody/mini", environment, tmp_path)
+    assert done.returncode == 0 and "loaded 13038884" in done.stdout, done.stderr[-1500:]
+    ranges = [r for method, path, r in requests if method == "GET" and path.endswith(weights) and r]
+    assert any(int(r.split("=")[1].split("-")[0]) > 0 for r in ranges)  # not from the start again
+    before = len(requests)
+    again = load("somebody/mini", environment, tmp_path)
+    assert again.returncode == 0 and not [p for m, p, _ in requests[before:] if m == "GET" and p.endswith(".safetensors")]
+
+
+def test_an_unknown_id_is_one_clear_line(hub, tmp_path):
+    environment, _, _ = hub
+    done = load("somebody/else", environment, tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: the teacher somebody/else") and "--mini" in done.stderr
+
+
+def test_no_network_is_one_clear_line(hub, tmp_path):
+    environment, _, _ = hub
+    done = load("somebody/mini", {**environment, "HF_ENDPOINT": "http://127.0.0.1:9"}, tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]  # the hub's client notes its retries before it
+    assert last.startswith("error: the teacher somebody/mini") and "--mini" in last
