@@ -64,3 +64,16 @@ def test_lpips_is_the_packages_own(networks):
         want = lpips.LPIPS(net="alex", verbose=False).eval()(a.float() / 127.5 - 1, b.float() / 127.5 - 1).flatten()
         torch.testing.assert_close(network.distance(a, b), want)
         assert network.distance(a, a).abs().max() == 0
+
+
+def test_reduced_jpeg_decoding_stays_close_to_the_whole_one(tmp_path):
+    from PIL import ImageOps
+
+    from common.coco import load_image
+
+    stand_in.make_coco(tmp_path, 8, 2, 0)
+    for file in sorted((tmp_path / "train2017").iterdir()):
+        with Image.open(file) as image:
+            whole = np.asarray(ImageOps.fit(image.convert("RGB"), (64, 64), Image.Resampling.BICUBIC), float)
+        error = np.square(load_image(file, 64) - whole).mean()
+        assert 10 * np.log10(255**2 / error) > 40

@@ -70,7 +70,7 @@ class Settings:
 
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v2.1-mini", channels=(32, 48, 48), layers=1, groups=4, steps=2_000, lr=5e-3, ema_decay=0.99,
+    out="checkpoints/v2.1-mini", channels=(32, 48, 48), layers=1, groups=4, steps=2_000, lr=4e-3, ema_decay=0.99,
     features="effnet-lite0", guidance=3.0, eval_every=1_000, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     save_every=250,
 )
