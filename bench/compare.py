@@ -106,7 +106,7 @@ def write_sheet(rows: dict[str, list[Path]], path: Path):
     draw = ImageDraw.Draw(sheet)
     for number, name in enumerate(["teacher", *rows]):
         top = 0 if name == "teacher" else cell
-        sheet.paste(pictures.get(name, first).crop((0, top, first.width, top + cell)), (margin, number * cell))
+        sheet.paste(pictures.get(name, first).crop((0, top, first.width, top + cell - 4)), (margin, number * cell))
         draw.text((4, number * cell + 48), name, fill="black")
     sheet.paste(first.crop((0, 2 * cell, first.width, first.height)), (margin, sheet.height - label))
     sheet.save(path)

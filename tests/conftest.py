@@ -37,11 +37,9 @@ def teacher():
     return load_teacher(str(ROOT / "checkpoints" / "mini-teacher"), torch.device("cpu"))
 
 
-@pytest.fixture(scope="session")
-def small_set(tmp_path_factory):
+def make_small_set(root: Path) -> Path:
     """A COCO-format folder of 48 training and 16 validation scenes."""
-    root = tmp_path_factory.mktemp("small set")
-    (root / "annotations").mkdir()
+    (root / "annotations").mkdir(parents=True)
     scenes, painter = plan_set(64), Painter()
     for split, part, first in (("train", scenes[:48], 1), ("val", scenes[48:], 49)):
         (root / split).mkdir()
@@ -50,3 +48,8 @@ def small_set(tmp_path_factory):
         for image, (scene, _) in zip(captions["images"], part):
             Image.fromarray(painter.paint(scene)).save(root / split / image["file_name"])
     return root
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory):
+    return make_small_set(tmp_path_factory.mktemp("small set"))

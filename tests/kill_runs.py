@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from conftest import make_small_set
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -37,9 +38,12 @@ def main(s: Settings):
     rng = random.Random(s.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        make_small_set(folder / "set")
 
         def command(name, *more):
-            return [sys.executable, str(ROOT / s.script), "--mini", "--steps", "40", "--batch-size", "16", "--eval-every", "15",
+            return [sys.executable, str(ROOT / s.script), "--teacher", str(ROOT / "checkpoints" / "mini-teacher"), "--data",
+                    str(folder / "set"), "--train-split", "train", "--val-split", "val", "--resolution", "32", "--channels",
+                    "32,48,48", "--features", "effnet-lite0", "--device", "cpu", "--steps", "40", "--batch-size", "16", "--eval-every", "15",
                     "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "2", "--save-every", "4", "--log-every",
                     "1", "--cache-folder", str(folder / "cache"), "--out", str(folder / name), *more]
 
