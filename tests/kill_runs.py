@@ -43,7 +43,8 @@ def main(s: Settings):
         def command(name, *more):
             return [sys.executable, str(ROOT / s.script), "--teacher", str(ROOT / "checkpoints" / "mini-teacher"), "--data",
                     str(folder / "set"), "--train-split", "train", "--val-split", "val", "--resolution", "32", "--channels",
-                    "32,48,48", "--features", "effnet-lite0", "--device", "cpu", "--steps", "40", "--batch-size", "16", "--eval-every", "15",
+                    "32,48,48", "--features", "effnet-lite0", "--device", "cpu",
+                    "--steps", "40", "--batch-size", "16", "--eval-every", "15",
                     "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "2", "--save-every", "4", "--log-every",
                     "1", "--cache-folder", str(folder / "cache"), "--out", str(folder / name), *more]
 
