@@ -8,9 +8,12 @@ machine, into which V-2.2 has to fit the making of its store of teacher predicti
 and sheet.png into --out.
 """
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,6 +24,8 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
+from common.metrics import CAPTION_ACCURACY
+from common.run import read_log
 from common.settings import parse
 
 VERSIONS = {  # name: script and options
@@ -30,7 +35,7 @@ VERSIONS = {  # name: script and options
     "V-2.2": ("v2/2.2.py", []),
 }
 METRICS = ("FD(effnet-lite0)", "FD(effnet-lite0) to reconstructions", "KID(effnet-lite0) to reconstructions",
-           "PD(effnet-lite0)", "caption accuracy", "caption accuracy, two objects")
+           "PD(effnet-lite0)", *CAPTION_ACCURACY)
 
 
 @dataclass
@@ -41,29 +46,33 @@ class Settings:
     samples: int = 1_000  # pictures of the last evaluation
     evaluations: int = 4  # points of the curves
     quick: bool = False  # one seed, 500 steps, 300 pictures
-
-
-def lines(out: Path) -> list[dict]:
-    path = out / "metrics.jsonl"
-    return [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
+    jobs: int = 1  # runs at a time, each with its share of the cores; with more than one, each prints into its own .log
 
 
 def seconds_of(out: Path) -> tuple[float, float]:
     """Seconds of a run's training steps, and of its store."""
-    found = lines(out)
+    found = read_log(out)
     return max(x.get("seconds", 0) for x in found), max((x["store_seconds"] for x in found if "store_seconds" in x), default=0)
 
 
 def train(version: str, out: Path, seed: int, steps: int, s: Settings):
     """Run a version to its end, or find that it has been."""
-    if any(x["step"] == steps and "evaluation" in x for x in lines(out)) and (out / "student").is_dir():
+    if any(x["step"] == steps and "evaluation" in x for x in read_log(out)) and (out / "student").is_dir():
         return
     script, options = VERSIONS[version]
     resume = ["--resume"] if (out / "settings.json").is_file() else []
     print(f"\n{version}, seed {seed}, {steps:,} steps: {out.name}", flush=True)
-    subprocess.run([sys.executable, str(ROOT / script), "--mini", "--out", str(out), "--seed", str(seed), "--steps", str(steps),
-                    "--eval-every", str(max(1, steps // s.evaluations)), "--final-samples", str(s.samples), *options, *resume],
-                   check=True, cwd=ROOT)
+    command = [sys.executable, str(ROOT / script), "--mini", "--out", str(out), "--seed", str(seed), "--steps", str(steps),
+               "--eval-every", str(max(1, steps // s.evaluations)), "--final-samples", str(s.samples), *options, *resume]
+    with open(f"{out}.log", "a") if s.jobs > 1 else contextlib.nullcontext() as log:
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // s.jobs))} if s.jobs > 1 else {}
+        subprocess.run(command, check=True, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads)
+
+
+def train_all(runs: list[tuple], s: Settings):
+    """`train` each (version, out, seed, steps), `s.jobs` at a time."""
+    with ThreadPoolExecutor(s.jobs) as pool:
+        list(pool.map(lambda run: train(*run, s), runs))
 
 
 def write_table(rows: dict[str, list[Path]], path: Path, title: str):
@@ -73,7 +82,7 @@ def write_table(rows: dict[str, list[Path]], path: Path, title: str):
 
     text = [f"### {title}", "", "| | steps | seconds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for name, runs in rows.items():
-        last = [[x for x in lines(out) if "evaluation" in x][-1] for out in runs]
+        last = [[x for x in read_log(out) if "evaluation" in x][-1] for out in runs]
         seconds = [sum(seconds_of(out)) for out in runs]
         cells = [cell([x["evaluation"][metric] for x in last]) for metric in METRICS]
         text.append(f"| {name} | {mean(x['step'] for x in last):,.0f} | {cell(seconds)} | " + " | ".join(cells) + " |")
@@ -88,7 +97,7 @@ def write_curves(rows: dict[str, list[Path]], path: Path):
         for name, runs in rows.items():
             points = {}
             for out in runs:
-                for x in lines(out):
+                for x in read_log(out):
                     if "evaluation" in x:
                         points.setdefault(x["step"], []).append(x["evaluation"][metric])
             axis.plot(list(points), [mean(v) for v in points.values()], marker="o", label=name)
@@ -118,18 +127,17 @@ def main(s: Settings):
     out = ROOT / s.out
     out.mkdir(parents=True, exist_ok=True)
     equal_steps = {name: [out / f"{name}-{s.steps}-steps-seed{k}" for k in range(s.seeds)] for name in VERSIONS}
-    for seed in range(s.seeds):
-        for name in VERSIONS:
-            train(name, equal_steps[name][seed], seed, s.steps, s)
+    train_all([(name, equal_steps[name][seed], seed, s.steps) for seed in range(s.seeds) for name in VERSIONS], s)
     budget = mean(seconds_of(run)[0] for run in equal_steps["baseline"])
-    equal_time = {"baseline": equal_steps["baseline"]}
+    equal_time, runs = {"baseline": equal_steps["baseline"]}, []
     for name in list(VERSIONS)[1:]:
         training, store = (mean(v) for v in zip(*map(seconds_of, equal_steps[name])))
         steps = max(10, round(s.steps * (budget - store) / training))
         equal_time[name] = [out / f"{name}-equal-time-to-{s.steps}-seed{k}" for k in range(s.seeds)]
         for seed, run in enumerate(equal_time[name]):
             kept = run / "settings.json"  # a run that was begun keeps the steps that it was begun with
-            train(name, run, seed, json.loads(kept.read_text())["steps"] if kept.is_file() else steps, s)
+            runs.append((name, run, seed, json.loads(kept.read_text())["steps"] if kept.is_file() else steps))
+    train_all(runs, s)
     (out / "table.md").unlink(missing_ok=True)
     write_table(equal_steps, out / "table.md", f"Equal steps ({s.steps:,}), {s.seeds} seeds, {s.samples:,} samples")
     write_table(equal_time, out / "table.md", f"Equal time ({budget:,.0f} s), {s.seeds} seeds, {s.samples:,} samples")

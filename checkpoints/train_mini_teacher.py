@@ -251,8 +251,8 @@ def train_reader(vae: AutoencoderKL, data: Path, pictures: torch.Tensor, val_pic
         schedule.step()
     reader.eval()
     for kind, tested in (("pictures", val_pictures), ("reconstructions", rebuilt["val"])):
-        one, two = caption_accuracy(reader, tested, objects["val"])
-        print(f"category reader on validation {kind}: {one:.2%} of one object, {two:.2%} both of two")
+        one, both, in_place = caption_accuracy(reader, tested, objects["val"])
+        print(f"category reader on validation {kind}: {one:.2%} of one object, {both:.2%} both of two, {in_place:.2%} in place")
     save_file({k: v.contiguous() for k, v in reader.state_dict().items()},
               Path(settings.out) / "category_reader.safetensors")
 

@@ -131,6 +131,14 @@ class Batch(NamedTuple):
     timesteps: torch.Tensor  # (B,)
 
 
+def draw_noise(rng: np.random.Generator, shape: tuple, chain: torch.Tensor, mine: slice, device):
+    """Standard normal noise for latents of `shape` and timesteps out of `chain`, of which the share `mine` is returned."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    noise = torch.randn(shape, generator=generator)[mine]
+    timesteps = chain[torch.randint(len(chain), shape[:1], generator=generator)[mine]]
+    return noise.to(device), timesteps.to(device)
+
+
 class TrainingPairs:
     """(latents, caption embedding) pairs of a data set, from the cache or encoded on the fly.
 
@@ -204,12 +212,9 @@ class TrainingPairs:
         choices = np.where(rng.random(batch_size) < dropout, -1, rng.integers(0, 60, batch_size))
         mine = slice(batch_size // parts * part, batch_size // parts * (part + 1))
         latents, hidden = self.batch(indices[mine], choices[mine])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        noise = torch.randn((batch_size, *latents.shape[1:]), generator=generator)[mine].to(self.device)
         if chain is None:
             chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
-        timesteps = chain[torch.randint(len(chain), (batch_size,), generator=generator)[mine]].to(self.device)
-        return Batch(latents, hidden, noise, timesteps)
+        return Batch(latents, hidden, *draw_noise(rng, (batch_size, *latents.shape[1:]), chain, mine, self.device))
 
     def batch(self, indices: np.ndarray, choices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.usable[indices]
@@ -262,6 +267,7 @@ class TeacherStore:
             raise SystemExit("error: the store of the teacher's predictions needs the cache: leave out --no-cache")
         self.pairs, self.dropouts, self.stored = pairs, dropouts, []
         self.seconds = 0.0  # that it took to make, now or in an earlier run
+        teacher_key = fingerprint(pairs.teacher.unet)
         for k, dropout in enumerate(dropouts):
             def produce(start, k=k, batch=128):
                 for i in range(start, len(pairs), batch):
@@ -270,7 +276,7 @@ class TeacherStore:
                     noisy = pairs.teacher.noise_scheduler.add_noise(latents, noise, timesteps)
                     yield indices.tolist(), int(indices[-1]) + 1, predict(noisy, timesteps, hidden).cpu().numpy()
 
-            name = f"teacher-{fingerprint(pairs.teacher.unet)}-{k}-{dropout:.4f}"
+            name = f"teacher-{teacher_key}-{k}-{dropout:.4f}"
             array, made = filled(pairs.folder, name, (len(pairs), *pairs.latents.shape[1:]), produce, "img")
             self.stored.append(array)
             self.seconds += made["seconds"]
@@ -288,7 +294,11 @@ class TeacherStore:
         device = self.pairs.device
         return Batch(latents, hidden, torch.from_numpy(np.stack(noise)).to(device), torch.tensor(timesteps, device=device))
 
+    def serving(self, step: int, steps: int) -> int:
+        """Which draw a step takes: draw k serves the k-th part of the training."""
+        return step * len(self.stored) // steps
+
     def draw(self, step: int, steps: int, batch_size: int, seed: int) -> tuple[Batch, torch.Tensor]:
-        """The batch of one step and the teacher's prediction (B, 4, h, w). Draw k serves the k-th part of the training."""
-        k, indices = step * len(self.stored) // steps, self.pairs.indices(step, batch_size, seed)
+        """The batch of one step and the teacher's prediction (B, 4, h, w)."""
+        k, indices = self.serving(step, steps), self.pairs.indices(step, batch_size, seed)
         return self.fixed(k, indices), torch.from_numpy(self.stored[k][indices]).float().to(self.pairs.device)

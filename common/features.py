@@ -73,3 +73,15 @@ class FeatureMatching(torch.nn.Module):
             scale = theirs.square().mean((1, 2, 3), keepdim=True).sqrt()
             losses.append(self.loss_of(ours / scale, theirs / scale))
         return torch.stack(losses).mean()
+
+
+def match_features(world, blocks: tuple[str, ...], loss) -> FeatureMatching:
+    """Hooks on the student and the teacher of a `World`, with projections sized by one pass of each over zeros."""
+    matching = FeatureMatching(world.student, world.teacher.unet, blocks, loss)
+    side = world.student.config.sample_size
+    latents, timesteps = (torch.zeros(shape, device=world.device) for shape in ((2, 4, side, side), (2,)))
+    hidden = world.pairs.empty.float().expand(2, -1, -1)
+    with torch.no_grad(), world.autocast():
+        world.student(latents, timesteps, hidden), world.teacher_pred(latents, timesteps, hidden)
+    matching.build()
+    return matching

@@ -109,6 +109,8 @@ class InceptionV3(nn.Module):
 FEATURES = {"inception": (InceptionV3, "FID", "KID", "LPIPS"),
             "effnet-lite0": (EffNetLite0, "FD(effnet-lite0)", "KID(effnet-lite0)", "PD(effnet-lite0)")}
 
+CAPTION_ACCURACY = ("caption accuracy", "caption accuracy, both of two", "caption accuracy, both in place")
+
 
 class CategoryReader(nn.Sequential):
     """Names the drawn category of a 32 px picture of one object: (N, 3, 32, 32) uint8 to (N, categories) logits."""
@@ -154,15 +156,17 @@ def drawn_objects(annotations: Path, image_ids: list[int]) -> tuple[list[list[in
 
 
 @torch.no_grad()
-def caption_accuracy(reader: CategoryReader, pictures: torch.Tensor, objects: list[list[int]]) -> tuple[float, float]:
-    """Shares of one-object pictures, and of two-object pictures (both objects, on the right sides), read right."""
-    crops, labels, origin = object_crops(pictures, objects)
+def caption_accuracy(reader: CategoryReader, pictures: torch.Tensor, objects: list[list[int]]) -> tuple[float, ...]:
+    """Shares of pictures read right: of one object; of two, both objects; of two, both on the sides of the caption."""
+    crops, _, origin = object_crops(pictures, objects)
     device = next(reader.parameters()).device
-    right = torch.cat([reader(c.to(device)).argmax(1).cpu() for c in crops.split(500)]) == labels
-    wrong = torch.bincount(origin[~right], minlength=len(objects))
-    two = torch.tensor([len(o) == 2 for o in objects])
-    share = [(wrong[kind] == 0).float().mean().item() if kind.any() else float("nan") for kind in (~two, two)]
-    return share[0], share[1]
+    found = [[] for _ in objects]
+    for i, category in zip(origin.tolist(), torch.cat([reader(c.to(device)).argmax(1) for c in crops.split(500)]).tolist()):
+        found[i].append(category)
+    one = [f == o for f, o in zip(found, objects) if len(o) == 1]
+    both = [sorted(f) == sorted(o) for f, o in zip(found, objects) if len(o) == 2]
+    in_place = [f == o for f, o in zip(found, objects) if len(o) == 2]
+    return tuple(sum(right) / len(right) if right else float("nan") for right in (one, both, in_place))
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -322,8 +326,7 @@ class Evaluator:
                 scores[self.pd_name] = torch.cat(
                     [self.network.distance(a.to(self.device), b.to(self.device)) for a, b in pairs]).mean().item()
         if self.reader is not None:
-            one, two = caption_accuracy(self.reader, pictures, self.objects[:count])
-            scores |= {"caption accuracy": one, "caption accuracy, two objects": two}
+            scores |= dict(zip(CAPTION_ACCURACY, caption_accuracy(self.reader, pictures, self.objects[:count])))
         return scores
 
 

@@ -33,6 +33,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl that are whole."""
+    path, lines = Path(folder) / "metrics.jsonl", []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # the line that a kill cut off
+            pass
+    return lines
+
+
 class Run:
     """The output folder of one training. Raises SystemExit where it holds another run, or other settings.
 
@@ -63,7 +74,7 @@ class Run:
 
     def cut_log(self, step: int):
         """Forget what was logged after `step`: it will be logged again."""
-        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+        kept = [json.dumps(line) + "\n" for line in read_log(self.folder) if line["step"] <= step]
         write_atomically(self.folder / "metrics.jsonl", "".join(kept).encode())
 
     def steps(self, learner, s, title: str, evaluate):
@@ -95,7 +106,7 @@ class Run:
         try:
             with full_disk_is_one_line(self.folder, "with --resume; the last checkpoint is kept"), \
                     tqdm(total=s.steps, initial=start, desc=title, unit="step", disable=not self.main) as bar:
-                if due(start) and not any(x["step"] == start and "evaluation" in x for x in self.lines()):
+                if due(start) and not any(x["step"] == start and "evaluation" in x for x in read_log(self.folder)):
                     small_evaluation(start)  # the stop came between the checkpoint and its evaluation
                 for step in range(start, s.steps):
                     began, done = time.perf_counter(), step + 1
@@ -133,15 +144,6 @@ class Run:
         """What the log shall say of this step: numbers, or scalar tensors, which are only read where a line is due."""
         self.reported = values
 
-    def lines(self) -> list[dict]:
-        path, lines = self.folder / "metrics.jsonl", []
-        for text in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the line that a kill cut off
-                pass
-        return lines
-
     def log(self, **values):
         if not self.main:
             return
@@ -157,7 +159,7 @@ class Run:
         """`curves.png`: the loss, and every metric of the evaluations, against the step."""
         from matplotlib.figure import Figure
 
-        lines = self.lines()
+        lines = read_log(self.folder)
         train, evaluations = [x for x in lines if "loss" in x], [x for x in lines if "evaluation" in x]
         names = ["loss"] + [n for n in (evaluations[0]["evaluation"] if evaluations else {}) if n != "samples"]
         figure = Figure(figsize=(4 * len(names), 3), layout="constrained")

@@ -27,7 +27,7 @@ class World:
 
     teacher: Teacher
     student: torch.nn.Module  # a UNet2DConditionModel with random weights or the teacher's slice
-    pairs: TrainingPairs  # latents and caption embeddings of the training split
+    pairs: TrainingPairs  # (or what draws like one) latents and caption embeddings of the training split
     evaluator: Evaluator
     run: Run  # the output folder
     device: torch.device
@@ -43,11 +43,13 @@ class World:
         return unet(noisy.to(unet.dtype), timesteps, hidden.to(unet.dtype), return_dict=False)[0].float()
 
 
-def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accelerator=None) -> World:
+def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accelerator=None,
+            pairs_of=None) -> World:
     """Check the settings `s`, load data and teacher, make the student's start and the caches.
 
     `config_of(teacher's U-Net)` gives the student's config; without it, that is the slice which `s` describes. With an
     Accelerate `accelerator`, its device and precision hold, and one process fills the caches before the others read.
+    `pairs_of(teacher)` gives the training pairs in place of the train split, which is then neither read nor cached.
 
     Raises SystemExit with one line where something is missing or cannot work, before anything heavy starts.
     """
@@ -81,12 +83,12 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         if s.mini:
             data = draw_mini(ROOT / s.data)
             name = str(ROOT / s.teacher) if (ROOT / s.teacher).is_dir() else s.teacher
-        train_set = CocoCaptions(data, s.train_split, s.resolution)
+        train_set = None if pairs_of else CocoCaptions(data, s.train_split, s.resolution)
         val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
         teacher = load_teacher(name, device, dtype if device.type == "cuda" else torch.float32)
         factor, too_few = 8 * teacher.vae_factor, "--batch-size {} is more than the {} training pictures"
         check({f"--resolution must be a multiple of {factor}": s.resolution % factor == 0,
-               too_few.format(s.batch_size, len(train_set)): s.batch_size <= len(train_set)})
+               too_few.format(s.batch_size, train_set and len(train_set)): pairs_of or s.batch_size <= len(train_set)})
         config = config_of(teacher.unet) if config_of else student_config(teacher.unet, s.channels, s.layers, groups=s.groups)
         config["sample_size"] = s.resolution // teacher.vae_factor
         student = type(teacher.unet)(**config) if s.random_start else slice_unet(teacher.unet, config)
@@ -94,18 +96,20 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
             model.to(memory_format=torch.channels_last)
         run.start()
         cache = ROOT / s.cache_folder
-        pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device,
-                              workers=s.workers)
-    train_set.check_share(s.max_broken)
-    check({too_few.format(s.batch_size, len(pairs)): s.batch_size <= len(pairs)})
+        pairs = pairs_of(teacher) if pairs_of else TrainingPairs(
+            train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device, workers=s.workers)
+    if train_set:
+        train_set.check_share(s.max_broken)
+        check({too_few.format(s.batch_size, len(pairs)): s.batch_size <= len(pairs)})
     how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
                batch=s.eval_batch)
     evaluator = Evaluator(s.features, val_set, teacher, cache, device, how, load_reader(Path(name)) if s.mini else None,
                           accelerator)
     if main:
-        left_out = ", ".join(f"{n} {why}" for why, n in train_set.skipped.items() if n)
-        print(f"{len(pairs):,} training pictures" + (f" (left out: {left_out}, such as {train_set.examples[0]})"
-                                                     if left_out else ""))
+        if train_set:
+            left_out = ", ".join(f"{n} {why}" for why, n in train_set.skipped.items() if n)
+            print(f"{len(pairs):,} training pictures" + (f" (left out: {left_out}, such as {train_set.examples[0]})"
+                                                         if left_out else ""))
         ours, theirs = (sum(p.numel() for p in unet.parameters()) for unet in (student, teacher.unet))
         print(f"student: {ours / 1e6:.2f} M parameters, {ours / theirs:.1%} of the teacher's U-Net")
     return World(teacher, student, pairs, evaluator, run, device, dtype)
@@ -207,18 +211,14 @@ def evaluate(world: World, learner: Learner, step: int, count: int) -> dict:
 def finish(world: World, learner: Learner, s, title: str):
     """The last evaluation; saves the student as a stock pipeline and prints the closing table."""
     with full_disk_is_one_line(world.run.folder, "with --resume; the trained weights are kept"):
-        _finish(world, learner, s, title)
-
-
-def _finish(world: World, learner: Learner, s, title: str):
-    row = evaluate(world, learner, s.steps, s.final_samples)
-    _, teacher_row = world.evaluator.teacher_side(row["samples"])
-    if not world.run.main:
-        return
-    how = f"{row['samples']:,} samples, {s.sample_steps} {s.sampler.upper()} steps, guidance {s.guidance:g}"
-    learner.ema.swap(learner.student)
-    folder = world.run.folder / "student"
-    card = model_card(f"{title}: {row['parameters'] / 1e6:.2f} M student", s, row, teacher_row, how)
-    save_student(learner.student.eval(), world.teacher, folder, card)
-    print(f"\nThe student lies in {folder}, samples and curves beside it. {how}:\n")
-    print(table({"teacher": teacher_row, "student": row}))
+        row = evaluate(world, learner, s.steps, s.final_samples)
+        _, teacher_row = world.evaluator.teacher_side(row["samples"])
+        if not world.run.main:
+            return
+        how = f"{row['samples']:,} samples, {s.sample_steps} {s.sampler.upper()} steps, guidance {s.guidance:g}"
+        learner.ema.swap(learner.student)
+        folder = world.run.folder / "student"
+        card = model_card(f"{title}: {row['parameters'] / 1e6:.2f} M student", s, row, teacher_row, how)
+        save_student(learner.student.eval(), world.teacher, folder, card)
+        print(f"\nThe student lies in {folder}, samples and curves beside it. {how}:\n")
+        print(table({"teacher": teacher_row, "student": row}))

@@ -6,7 +6,6 @@ Kills (SIGKILL) come at random moments: while the run caches, trains, evaluates 
 cache and all, until there have been enough of them.
 """
 
-import json
 import random
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from conftest import make_small_set
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from common.run import read_log
 from common.settings import parse
 
 
@@ -66,9 +66,8 @@ def main(s: Settings):
                 printed, _ = process.communicate()
                 kills += 1
                 bar.update()
-                log = folder / "run" / "metrics.jsonl"
-                lines = log.read_text().splitlines() if log.is_file() else []
-                step = json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+                lines = read_log(folder / "run")
+                step = lines[-1]["step"] if lines else 0
                 moments[step] = moments.get(step, 0) + 1
                 continue
             assert process.returncode == 0, printed

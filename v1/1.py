@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from common.features import FeatureMatching
+from common.features import match_features
 from common.settings import parse
 from common.training import Learner, evaluate, finish, prepare
 
@@ -174,12 +174,7 @@ def main(s: Settings):
     if s.progressive:  # the student as the stage before left it
         extra["chain_before"] = copy.deepcopy(student).requires_grad_(False)
     if s.feature_weight:
-        matching = FeatureMatching(student, teacher.unet, s.feature_blocks, loss_of)
-        latents, hidden, _, timesteps = world.pairs.draw(0, 2, 0.0, s.seed)
-        with torch.no_grad(), world.autocast():
-            student(latents, timesteps, hidden), world.teacher_pred(latents, timesteps, hidden)
-        matching.build()
-        extra["matching"] = matching
+        extra["matching"] = matching = match_features(world, s.feature_blocks, loss_of)
     learner = Learner(world, s, extra)
 
     for step in world.run.steps(learner, s, "V-1", lambda step, count: evaluate(world, learner, step, count)):

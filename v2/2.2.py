@@ -108,7 +108,7 @@ def main(s: Settings):
         dropout = linear(s.dropout_start, s.dropout_end, step, s.steps)
         if store:
             (latents, hidden, noise, timesteps), teacher_pred = store.draw(step, s.steps, s.batch_size, s.seed)
-            dropout = rates[step * s.store // s.steps]
+            dropout = rates[store.serving(step, s.steps)]
         else:
             latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, dropout, s.seed)
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
@@ -116,9 +116,9 @@ def main(s: Settings):
         with world.autocast():
             noise_pred = student(noisy, timesteps, hidden, return_dict=False)[0].float()
             kd_loss = torch.zeros((), device=device)
-            if alpha > 0 and not store:  # the teacher's pass costs more than the student's step
-                teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
             if alpha > 0:
+                if not store:  # the teacher's pass costs more than the student's step
+                    teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
                 kd_loss = F.mse_loss(noise_pred, teacher_pred)
         noise_loss = F.mse_loss(noise_pred, noise)
         loss = alpha * kd_loss + (1 - alpha) * noise_loss

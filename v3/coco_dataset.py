@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from common.cache import Batch
+from common.cache import Batch, draw_noise
 from common.coco import load_image
 from common.sampling import encode_captions, encode_pictures
 
@@ -115,8 +115,5 @@ class ShardPairs:
         with torch.no_grad():
             latents = encode_pictures(self.teacher.vae, pixels).float()
             hidden = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, captions).float()
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        noise = torch.randn((batch_size, *latents.shape[1:]), generator=generator)[mine].to(self.device)
-        steps = self.teacher.noise_scheduler.config.num_train_timesteps
-        timesteps = torch.randint(steps, (batch_size,), generator=generator)[mine].to(self.device)
-        return Batch(latents, hidden, noise, timesteps)
+        chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
+        return Batch(latents, hidden, *draw_noise(rng, (batch_size, *latents.shape[1:]), chain, mine, self.device))

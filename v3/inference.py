@@ -19,14 +19,15 @@ import torch
 import common  # noqa: F401  (before diffusers: see there)
 
 # isort: split
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from common import sampling
 from common.run import pick_device, pick_dtype, save_sheet
 from common.settings import check, parse
 
-SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+SAMPLERS = {**sampling.SAMPLERS, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 
 
 @dataclass

@@ -28,7 +28,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_s
 from prepare_unet_small import SIZES, pruned_config
 
 from common.ema import EMA
-from common.features import FeatureMatching
+from common.features import FeatureMatching, match_features
 from common.settings import check, parse
 from common.training import evaluate, finish, one_cycle, prepare
 
@@ -205,6 +205,12 @@ def main(s: Settings):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])  # the others wait for the caches
     except (ImportError, ValueError) as error:
         raise SystemExit(f"error: Accelerate cannot start: {error}") from None
+    def shard_pairs(teacher):
+        from coco_dataset import ShardPairs
+
+        return ShardPairs(s.shards, teacher, size_px=s.resolution, seed=s.seed, rank=accelerator.process_index,
+                          processes=accelerator.num_processes, workers=s.workers, device=accelerator.device)
+
     shares = accelerator.num_processes * s.accumulate
     set_seed(s.seed)
     world = prepare(s, {
@@ -212,24 +218,13 @@ def main(s: Settings):
         "--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1,
         "--task-weight, --kd-weight and --feature-weight must not be negative, nor all be 0":
             min(s.task_weight, s.kd_weight, s.feature_weight) >= 0 < s.task_weight + s.kd_weight + s.feature_weight,
-    }, lambda unet: pruned_config(unet, s.size, s.channels, s.groups), accelerator)
-    noise_scheduler, pairs = world.teacher.noise_scheduler, world.pairs
-    if s.shards:
-        from coco_dataset import ShardPairs
-
-        pairs = ShardPairs(s.shards, world.teacher, size_px=s.resolution, seed=s.seed, rank=accelerator.process_index,
-                           processes=accelerator.num_processes, workers=s.workers, device=accelerator.device)
+    }, lambda unet: pruned_config(unet, s.size, s.channels, s.groups), accelerator, shard_pairs if s.shards else None)
+    noise_scheduler = world.teacher.noise_scheduler
     if s.gradient_checkpointing:
         world.student.enable_gradient_checkpointing()
     if s.compile:
         world.student.compile()
-    matching = None
-    if s.feature_weight:
-        matching = FeatureMatching(world.student, world.teacher.unet, s.feature_blocks, F.mse_loss)
-        latents, hidden, _, timesteps = world.pairs.draw(0, 2, 0.0, s.seed)
-        with torch.no_grad(), world.autocast():
-            world.student(latents, timesteps, hidden), world.teacher_pred(latents, timesteps, hidden)
-        matching.build()
+    matching = match_features(world, s.feature_blocks, F.mse_loss) if s.feature_weight else None
     learner = AcceleratedLearner(accelerator, Distillation(world.student, matching), world, s)
     if s.tensorboard:
         accelerator.init_trackers("tensorboard")
@@ -244,7 +239,7 @@ def main(s: Settings):
         total, lr = torch.zeros(3, device=accelerator.device), learner.lr
         for share in range(s.accumulate):
             with accelerator.accumulate(learner.model):
-                latents, hidden, noise, timesteps = pairs.draw(
+                latents, hidden, noise, timesteps = world.pairs.draw(
                     step, s.batch_size, s.caption_dropout, s.seed, parts=shares,
                     part=accelerator.process_index * s.accumulate + share)
                 noisy = noise_scheduler.add_noise(latents, noise, timesteps)
