@@ -74,19 +74,24 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def make_teacher(folder: Path):
-    """SD-1.5's configs (859,520,964 U-Net parameters) in fp16 safetensors, as the hub lays them out."""
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    StableDiffusionPipeline(
-        unet=half_random(UNet2DConditionModel, sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-        vae=half_random(
+def sd15(make) -> dict[str, torch.nn.Module]:
+    """SD-1.5's three networks, each `make(class, *args, **config)`; the U-Net has 859,520,964 parameters."""
+    return dict(
+        unet=make(UNet2DConditionModel, sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        vae=make(
             AutoencoderKL, sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, scaling_factor=0.18215),
-        text_encoder=half_random(CLIPTextModel, CLIPTextConfig(
+        text_encoder=make(CLIPTextModel, CLIPTextConfig(
             vocab_size=49_408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
             max_position_embeddings=77, hidden_act="quick_gelu", projection_dim=768, bos_token_id=49_406,
-            eos_token_id=49_407, pad_token_id=49_407)),
-        tokenizer=tokenizer,
+            eos_token_id=49_407, pad_token_id=49_407)))
+
+
+def make_teacher(folder: Path):
+    """SD-1.5 in fp16 safetensors, as the hub lays it out."""
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    StableDiffusionPipeline(
+        **sd15(half_random), tokenizer=tokenizer,
         scheduler=PNDMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                 skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)

@@ -25,20 +25,25 @@ def encode_pictures(vae, batch: torch.Tensor) -> torch.Tensor:
     return vae.encode(x).latent_dist.mean * vae.config.scaling_factor
 
 
+def at_once(height: int, width: int) -> int:
+    """Pictures that the autoencoder takes at a time: 250 at 64 px, and no more pixels than that at any size."""
+    return max(1, min(250, 250 * 64 * 64 // (height * width)))
+
+
 @torch.no_grad()
-def decode(vae, latents: torch.Tensor, batch: int = 250) -> torch.Tensor:
+def decode(vae, latents: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) uint8 pictures of scaled latents (N, 4, h, w)."""
-    pictures = []
-    for chunk in latents.split(batch):
+    pictures, factor = [], 2 ** (len(vae.config.block_out_channels) - 1)
+    for chunk in latents.split(at_once(*(factor * side for side in latents.shape[2:]))):
         picture = vae.decode(chunk.to(vae.dtype) / vae.config.scaling_factor).sample
         pictures.append((picture.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(pictures)
 
 
 @torch.no_grad()
-def reconstruct(vae, pictures: torch.Tensor, batch: int = 250) -> torch.Tensor:
+def reconstruct(vae, pictures: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) uint8 pictures through the autoencoder and back, on the CPU."""
-    return torch.cat([decode(vae, encode_pictures(vae, part)).cpu() for part in pictures.split(batch)])
+    return torch.cat([decode(vae, encode_pictures(vae, part)).cpu() for part in pictures.split(at_once(*pictures.shape[2:]))])
 
 
 @torch.no_grad()

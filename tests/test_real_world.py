@@ -77,3 +77,12 @@ def test_reduced_jpeg_decoding_stays_close_to_the_whole_one(tmp_path):
             whole = np.asarray(ImageOps.fit(image.convert("RGB"), (64, 64), Image.Resampling.BICUBIC), float)
         error = np.square(load_image(file, 64) - whole).mean()
         assert 10 * np.log10(255**2 / error) > 40
+
+
+def test_the_defaults_fit_a_6_gb_card_with_a_margin():
+    memory = script("bench/memory.py")
+    row = memory.measure("v2/2.2.py", memory.Settings())
+    # weights, gradients, two moments and the EMA of 64,870,084 fp32 parameters; autocast may keep nothing of them
+    assert abs(row["student's states"] / (5 * 4 * 64_870_084 / 2**30) - 1) < 0.02
+    context = 0.5  # of CUDA, at most 0.6 GB
+    assert max(row["peak in training"], row["in evaluation"]) + context < 0.85 * 6
