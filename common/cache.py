@@ -142,13 +142,15 @@ def draw_noise(rng: np.random.Generator, shape: tuple, chain: torch.Tensor, mine
 class TrainingPairs:
     """(latents, caption embedding) pairs of a data set, from the cache or encoded on the fly.
 
-    `batch(indices, choices)` gives latents (n, 4, h, w) and embeddings (n, tokens, width) on the device: picture
-    `indices[i]` with its caption number `choices[i]` modulo how many it has, or the empty caption where it is -1.
+    `batch(indices, choices, mirrored)` gives latents (n, 4, h, w) and embeddings (n, tokens, width) on the device:
+    picture `indices[i]`, left and right exchanged where `mirrored[i]`, with its caption number `choices[i]` modulo how
+    many it has, or the empty caption where it is -1. With `flip`, `draw` mirrors half of the pictures.
     Raises SystemExit where no picture can be decoded or the disk is full.
     """
 
-    def __init__(self, dataset: CocoCaptions, teacher, folder: Path | None, *, caption_gb: float, device, workers=0):
-        self.dataset, self.teacher, self.device, self.folder = dataset, teacher, device, None
+    def __init__(self, dataset: CocoCaptions, teacher, folder: Path | None, *, caption_gb: float, device, workers=0,
+                 flip: bool = False):
+        self.dataset, self.teacher, self.device, self.folder, self.flip = dataset, teacher, device, None, flip
         self.usable, self._order = np.arange(len(dataset)), None
         self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).to(device)
         if folder is None:
@@ -164,13 +166,18 @@ class TrainingPairs:
 
     @torch.no_grad()
     def _cache_latents(self, workers: int):
-        def produce(start, batch=128):
-            for stacked, indices in pictures(self.dataset, batch, workers, start):
-                end = min(len(self.dataset), (indices[0] - start) // batch * batch + start + batch)
-                yield indices, end, encode_pictures(self.teacher.vae, stacked).cpu().numpy()
-
+        """`self.latents`: one array of all pictures and, with `flip`, one of their mirror images."""
         side = self.dataset.size_px // self.teacher.vae_factor
-        self.latents, made = filled(self.folder, "latents", (len(self.dataset), 4, side, side), produce, "img")
+        self.latents = []
+        for name in ("latents", "latents-mirrored")[: 1 + self.flip]:
+            def produce(start, mirrored=name == "latents-mirrored", batch=128):
+                for stacked, indices in pictures(self.dataset, batch, workers, start):
+                    end = min(len(self.dataset), (indices[0] - start) // batch * batch + start + batch)
+                    stacked = stacked.flip(3) if mirrored else stacked
+                    yield indices, end, encode_pictures(self.teacher.vae, stacked).cpu().numpy()
+
+            array, made = filled(self.folder, name, (len(self.dataset), 4, side, side), produce, "img")
+            self.latents.append(array)
         if made["bad"]:
             self.usable = np.setdiff1d(self.usable, made["bad"])
             for i in made["bad"]:
@@ -210,20 +217,21 @@ class TrainingPairs:
         """
         indices, rng = self.indices(step, batch_size, seed), np.random.default_rng([seed, 1, step])
         choices = np.where(rng.random(batch_size) < dropout, -1, rng.integers(0, 60, batch_size))
+        mirrored = rng.random(batch_size) < 0.5 if self.flip else np.zeros(batch_size, bool)
         mine = slice(batch_size // parts * part, batch_size // parts * (part + 1))
-        latents, hidden = self.batch(indices[mine], choices[mine])
+        latents, hidden = self.batch(indices[mine], choices[mine], mirrored[mine])
         if chain is None:
             chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
         return Batch(latents, hidden, *draw_noise(rng, (batch_size, *latents.shape[1:]), chain, mine, self.device))
 
-    def batch(self, indices: np.ndarray, choices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, indices: np.ndarray, choices: np.ndarray, mirrored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.usable[indices]
         if self.folder is None:
-            stacked = torch.stack([self._picture(i) for i in indices])
+            stacked = torch.stack([p.flip(2) if m else p for p, m in zip(map(self._picture, indices), mirrored)])
             with torch.no_grad():
                 latents = encode_pictures(self.teacher.vae, stacked)
         else:
-            latents = torch.from_numpy(self.latents[indices]).to(self.device)
+            latents = torch.from_numpy(np.stack([self.latents[int(m)][i] for i, m in zip(indices, mirrored)])).to(self.device)
         texts = ["" if k < 0 else self.dataset.captions[i][k % len(self.dataset.captions[i])]
                  for i, k in zip(indices, choices)]
         hidden = self.empty.repeat(len(texts), 1, 1)
@@ -276,21 +284,22 @@ class TeacherStore:
                     noisy = pairs.teacher.noise_scheduler.add_noise(latents, noise, timesteps)
                     yield indices.tolist(), int(indices[-1]) + 1, predict(noisy, timesteps, hidden).cpu().numpy()
 
-            name = f"teacher-{teacher_key}-{k}-{dropout:.4f}"
-            array, made = filled(pairs.folder, name, (len(pairs), *pairs.latents.shape[1:]), produce, "img")
+            name = f"teacher-{teacher_key}-{k}-{dropout:.4f}{'-flip' * pairs.flip}"
+            array, made = filled(pairs.folder, name, (len(pairs), *pairs.latents[0].shape[1:]), produce, "img")
             self.stored.append(array)
             self.seconds += made["seconds"]
 
     def fixed(self, k: int, indices: np.ndarray) -> Batch:
         """Draw k of the pictures `indices`."""
-        shape = self.pairs.latents.shape[1:]
-        choices, timesteps, noise = [], [], []
+        shape = self.pairs.latents[0].shape[1:]
+        choices, timesteps, noise, mirrored = [], [], [], []
         for i in indices:
             rng = np.random.Generator(np.random.Philox(key=[k, i]))
             choices.append(-1 if rng.random() < self.dropouts[k] else rng.integers(60))
             timesteps.append(rng.integers(self.pairs.teacher.noise_scheduler.config.num_train_timesteps))
             noise.append(rng.standard_normal(shape, dtype=np.float32))
-        latents, hidden = self.pairs.batch(indices, np.array(choices))
+            mirrored.append(self.pairs.flip and rng.random() < 0.5)
+        latents, hidden = self.pairs.batch(indices, np.array(choices), np.array(mirrored))
         device = self.pairs.device
         return Batch(latents, hidden, torch.from_numpy(np.stack(noise)).to(device), torch.tensor(timesteps, device=device))
 

@@ -97,7 +97,8 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         run.start()
         cache = ROOT / s.cache_folder
         pairs = pairs_of(teacher) if pairs_of else TrainingPairs(
-            train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device, workers=s.workers)
+            train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device, workers=s.workers,
+            flip=s.flip)
     if train_set:
         train_set.check_share(s.max_broken)
         check({too_few.format(s.batch_size, len(pairs)): s.batch_size <= len(pairs)})

@@ -121,19 +121,30 @@ def test_missing_data_names_both_ways_on(tmp_path):
 def test_cache_equals_encoding_on_the_fly(small_set, teacher, tmp_path):
     data = CocoCaptions(small_set, "train", 32)
     device = torch.device("cpu")
-    cached = TrainingPairs(data, teacher, tmp_path, caption_gb=1, device=device)
-    partly = TrainingPairs(data, teacher, tmp_path / "b", caption_gb=30 * 24 * 128 * 2 / 1e9, device=device)
+    cached = TrainingPairs(data, teacher, tmp_path, caption_gb=1, device=device, flip=True)
+    some = 30 * 24 * 128 * 2 / 1e9  # 30 captions
+    partly = TrainingPairs(data, teacher, tmp_path / "b", caption_gb=some, device=device, flip=True)
     live = TrainingPairs(data, teacher, None, caption_gb=0, device=device)
-    indices, choices = np.array([0, 5, 47]), np.array([2, -1, 63])
-    latents, hidden = live.batch(indices, choices)
-    want = encode_pictures(teacher.vae, torch.stack([data[i] for i in indices]))
+    indices, choices, mirrored = np.array([0, 5, 47]), np.array([2, -1, 63]), np.array([False, True, False])
+    latents, hidden = live.batch(indices, choices, mirrored)
+    want = encode_pictures(teacher.vae, torch.stack([data[0], data[5].flip(2), data[47]]))
     torch.testing.assert_close(latents, want)
     texts = [data.captions[0][2], "", data.captions[47][3]]
     torch.testing.assert_close(hidden, encode_captions(teacher.text_encoder, teacher.tokenizer, texts))
     for pairs in (cached, partly):
-        found = pairs.batch(indices, choices)
+        found = pairs.batch(indices, choices, mirrored)
         torch.testing.assert_close(found[0], latents, atol=5e-3, rtol=2e-3)
         torch.testing.assert_close(found[1], hidden, atol=5e-3, rtol=2e-3)
+
+
+def test_flip_mirrors_about_half_of_a_batch(small_set, teacher, tmp_path):
+    data, device = CocoCaptions(small_set, "train", 32), torch.device("cpu")
+    pairs = TrainingPairs(data, teacher, tmp_path, caption_gb=1, device=device, flip=True)
+    latents, indices = pairs.draw(0, 48, 0.1, seed=0).latents, pairs.indices(0, 48, 0)
+    plain, mirrored = ((latents == torch.from_numpy(kind[indices]).float()).flatten(1).all(1) for kind in pairs.latents)
+    assert (plain ^ mirrored).all() and 12 <= mirrored.sum() <= 36
+    store = TeacherStore(pairs, lambda noisy, *_: noisy, [0.1])
+    assert store.draw(0, 1, 48, seed=0)[0].latents.shape == latents.shape
 
 
 def test_download_resumes_checks_and_unpacks_safely(tmp_path, monkeypatch):
@@ -198,7 +209,7 @@ def test_the_store_holds_the_teachers_predictions_and_is_paid_once(small_set, te
     for step, dropped in ((1, False), (9, True)):  # draw k serves the k-th part of ten steps
         batch, prediction = store.draw(step, 10, 8, seed=0)
         indices = pairs.indices(step, 8, 0)
-        torch.testing.assert_close(batch.latents, torch.from_numpy(np.array(pairs.latents[indices])).float())
+        torch.testing.assert_close(batch.latents, torch.from_numpy(np.array(pairs.latents[0][indices])).float())
         assert all(torch.equal(h, pairs.empty[0]) for h in batch.hidden) == dropped
         noisy = teacher.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         torch.testing.assert_close(prediction, predict(noisy, batch.timesteps, batch.hidden), atol=5e-3, rtol=2e-3)

@@ -37,6 +37,7 @@ class Settings:
     train_split: str = "train2017"  # <data>/<split>/ and annotations/captions_<split>.json
     val_split: str = "val2017"  # the split that evaluation takes its captions and pictures from
     resolution: int = 64  # pixels a side
+    flip: bool = False  # mirror half of the pictures, whatever their captions say of left and right
     out: str = "checkpoints/v1"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student

@@ -93,11 +93,12 @@ class ShardStream(torch.utils.data.IterableDataset):
 class ShardPairs:
     """The same as `TrainingPairs` from tar shards: `draw` must be called for every share of every step, in order."""
 
-    def __init__(self, pattern: str, teacher, *, size_px: int, seed: int, rank: int, processes: int, workers: int, device):
+    def __init__(self, pattern: str, teacher, *, size_px: int, seed: int, rank: int, processes: int, workers: int, device,
+                 flip: bool = False):
         self.shards = find_shards(pattern)
         if len(self.shards) < processes * max(1, workers):
             raise SystemExit(f"error: {len(self.shards)} shards are too few for {processes} processes with {workers} workers")
-        self.teacher, self.size_px, self.seed, self.device = teacher, size_px, seed, device
+        self.teacher, self.size_px, self.seed, self.device, self.flip = teacher, size_px, seed, device, flip
         self.rank, self.processes, self.workers = rank, processes, workers
         self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()
         self.stream = None
@@ -112,6 +113,9 @@ class ShardPairs:
         rng = np.random.default_rng([seed, 1, step])
         mine = slice(share * part, share * (part + 1))
         captions = ["" if drop else c for c, drop in zip(captions, (rng.random(batch_size) < dropout)[mine])]
+        if self.flip:
+            mirrored = torch.from_numpy(rng.random(batch_size) < 0.5)[mine]
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
         with torch.no_grad():
             latents = encode_pictures(self.teacher.vae, pixels).float()
             hidden = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, captions).float()

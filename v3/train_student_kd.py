@@ -42,6 +42,7 @@ class Settings:
     val_split: str = "val2017"  # the split that evaluation takes its captions and pictures from
     shards: str = ""  # a folder or pattern of WebDataset .tar shards to train on in place of the train split
     resolution: int = 64  # pixels a side
+    flip: bool = False  # mirror half of the pictures, whatever their captions say of left and right
     out: str = "checkpoints/v3"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student
@@ -209,7 +210,7 @@ def main(s: Settings):
         from coco_dataset import ShardPairs
 
         return ShardPairs(s.shards, teacher, size_px=s.resolution, seed=s.seed, rank=accelerator.process_index,
-                          processes=accelerator.num_processes, workers=s.workers, device=accelerator.device)
+                          processes=accelerator.num_processes, workers=s.workers, device=accelerator.device, flip=s.flip)
 
     shares = accelerator.num_processes * s.accumulate
     set_seed(s.seed)
