@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import textwrap
@@ -15,10 +16,15 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common.cache import full_disk_is_one_line, write_atomically
+from common.settings import check
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU."""
+    """`auto` takes CUDA, then MPS, then the CPU. Raises SystemExit where the named device is not there."""
+    check({"--device must be auto, cuda, cuda:N, mps or cpu": re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", name),
+           f"--device {name}: this torch finds no such device; choose --device cpu, or install torch for it":
+               name in ("auto", "cpu") or name == "mps" and torch.backends.mps.is_available()
+               or name.startswith("cuda") and int(name[5:] or 0) < torch.cuda.device_count()})
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -31,6 +37,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def make_folder(folder: Path, option: str):
+    """Make it and what lies above it. Raises SystemExit where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: {option}: {folder} cannot be made ({error.strerror}); choose another folder") from None
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -69,7 +83,7 @@ class Run:
         """Make the folder and write the settings."""
         if not self.main:
             return
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / "samples", "--out")
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2).encode())
 
     def cut_log(self, step: int):

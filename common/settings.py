@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import typing
 
@@ -16,7 +17,8 @@ def parse(settings_class, description: str, mini: dict | None = None, argv: list
     source = inspect.getsource(settings_class)
     comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))
     kinds = typing.get_type_hints(settings_class)
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [--option value ...]", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(settings_class):
         kind = kinds[field.name]
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
@@ -29,13 +31,24 @@ def parse(settings_class, description: str, mini: dict | None = None, argv: list
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
             element = typing.get_args(kind)[0]
-            options["type"] = lambda text, element=element: tuple(element(part) for part in text.split(","))
+
+            def comma_separated(text, element=element):
+                return tuple(element(part) for part in text.split(","))
+
+            options["type"] = comma_separated
             options["metavar"] = "N,N,..." if element is int else "NAME,..."
         else:
-            options["type"], options["metavar"] = kind, kind.__name__.upper()
+            options["type"], options["metavar"] = finite if kind is float else kind, kind.__name__.upper()
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     return settings_class(**{**(mini if mini and given.get("mini") else {}), **given})
+
+
+def finite(text: str) -> float:
+    """The number. Raises ValueError for nan and infinities, which no setting has a use for."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
 
 
 def check(conditions: dict[str, bool]):

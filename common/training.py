@@ -12,7 +12,7 @@ from common.cache import TrainingPairs, full_disk_is_one_line, write_atomically
 from common.coco import CocoCaptions
 from common.ema import EMA
 from common.metrics import FEATURES, Evaluator, load_reader
-from common.run import Run, model_card, pick_device, pick_dtype, save_student, table
+from common.run import Run, make_folder, model_card, pick_device, pick_dtype, save_student, table
 from common.sampling import SAMPLERS
 from common.settings import check
 from common.teacher import Teacher, load_teacher, slice_unet, student_config
@@ -58,8 +58,9 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
             min(s.steps, s.batch_size, s.eval_samples, s.final_samples) >= 2,
         "--lr and --max-grad-norm must be positive": s.lr > 0 and s.max_grad_norm > 0,
         "--warmup and --ema-decay must lie between 0 and 1": 0 < s.warmup < 1 and 0 <= s.ema_decay < 1,
-        "--weight-decay, --cache-gb, --workers and --eval-every must not be negative":
-            min(s.weight_decay, s.cache_gb, s.workers, s.eval_every) >= 0,
+        "--weight-decay, --cache-gb, --workers, --eval-every, --groups and --seed must not be negative":
+            min(s.weight_decay, s.cache_gb, s.workers, s.eval_every, s.groups, s.seed) >= 0,
+        "--channels must be positive": min(s.channels, default=1) > 0,
         "--max-broken must lie in 0..1": 0 <= s.max_broken <= 1,
         "--sample-steps must lie in 1..1000": 1 <= s.sample_steps <= 1000,
         "--save-every, --log-every, --eval-batch and --max-bad-steps must be at least 1":
@@ -87,7 +88,7 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
         teacher = load_teacher(name, device, dtype if device.type == "cuda" else torch.float32)
         factor, too_few = 8 * teacher.vae_factor, "--batch-size {} is more than the {} training pictures"
-        check({f"--resolution must be a multiple of {factor}": s.resolution % factor == 0,
+        check({f"--resolution must be a multiple of {factor}": s.resolution > 0 and s.resolution % factor == 0,
                too_few.format(s.batch_size, train_set and len(train_set)): pairs_of or s.batch_size <= len(train_set)})
         config = config_of(teacher.unet) if config_of else student_config(teacher.unet, s.channels, s.layers, groups=s.groups)
         config["sample_size"] = s.resolution // teacher.vae_factor
@@ -96,6 +97,7 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
             model.to(memory_format=torch.channels_last)
         run.start()
         cache = ROOT / s.cache_folder
+        make_folder(cache, "--cache-folder")
         pairs = pairs_of(teacher) if pairs_of else TrainingPairs(
             train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device, workers=s.workers,
             flip=s.flip)
@@ -117,8 +119,8 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
 
 
 def one_cycle(optimizer, s) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Up to `s.lr` in the warm-up, at least one step, and down again on a cosine."""
-    warmup = min(1.0, max(s.warmup, 2 / s.steps))
+    """Up to `s.lr` in the warm-up, at least one step, and down again on a cosine, for at least half a step."""
+    warmup = min(max(s.warmup, 2 / s.steps), 1 - 0.5 / s.steps)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps, pct_start=warmup)
 
 

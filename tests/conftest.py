@@ -22,6 +22,7 @@ def script(path: str):
     sys.path.insert(0, str((ROOT / path).parent))
     spec = importlib.util.spec_from_file_location(path.replace("/", "_").replace(".", "_"), ROOT / path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     sys.path.pop(0)
     return module

@@ -14,7 +14,8 @@ from conftest import ROOT, script
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from common.training import Learner
+from common.settings import parse
+from common.training import Learner, one_cycle
 
 SCRIPTS = {"v1": ROOT / "v1" / "1.py", "v2.1": ROOT / "v2" / "2.1.py", "v2.2": ROOT / "v2" / "2.2.py",
            "v2.2 store": ROOT / "v2" / "2.2.py"}
@@ -122,11 +123,31 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small_set, tmp_path, number):
     ("v2.2", ["--alpha-start", "1.5"], "--alpha-start"), ("v2.1", ["--data", "nowhere"], "--mini"),
     ("v2.1", ["--channels", "128,128,128,160"], "wider"), ("v2.1", ["--resolution", "36"], "multiple"),
     ("v1", ["--feature-blocks", "down_blocks.7"], "down_blocks.7"), ("v1", ["--chains", "25,50,1000"], "--chains"),
-    ("v1", ["--target", "y"], "--target"),
+    ("v1", ["--target", "y"], "--target"), ("v2.1", ["--device", "foo"], "--device must be"),
+    ("v2.1", ["--device", "cuda:99"], "no such device"), ("v2.1", ["--channels", "0,0"], "--channels"),
+    ("v2.1", ["--channels", ","], "comma"), ("v2.1", ["--groups", "5"], "groups"), ("v2.1", ["--groups", "-2"], "--groups"),
+    ("v2.1", ["--layers", "3"], "layers"), ("v2.1", ["--resolution", "0"], "multiple"), ("v2.1", ["--seed", "-1"], "--seed"),
+    ("v2.2", ["--guidance", "nan"], "finite"), ("v2.2", ["--cache-gb", "inf"], "finite"), ("v2.1", ["--steps", "1e3"], "int"),
+    ("v2.1", ["--out", str(ROOT / "LICENSE")], "--out"), ("v2.1", ["--cache-folder", str(ROOT / "LICENSE")], "--cache-folder"),
+    ("v2.1", ["--teacher", str(ROOT / "LICENSE")], "pipeline folder"), ("v2.1", ["--train-split", "no"], "captions_no.json"),
 ])
-def test_a_users_mistake_is_one_clear_line(small_set, tmp_path, name, arguments, message):
-    done = run(*command(name, small_set, tmp_path / "x", *arguments))
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+def test_a_users_mistake_is_one_clear_line(small_set, tmp_path, capsys, name, arguments, message):
+    version = script(str(SCRIPTS[name].relative_to(ROOT)))
+    with pytest.raises(SystemExit) as stop:
+        version.main(parse(version.Settings, "", version.MINI, command(name, small_set, tmp_path / "x", *arguments)[2:]))
+    assert message in (stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err)
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("steps", [2, 3, 50])
+def test_the_learning_rate_rises_and_falls_in_runs_of_any_length(steps):
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    scheduler, rates = one_cycle(optimizer, SimpleNamespace(lr=0.1, warmup=0.05, steps=steps)), []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(0.004) and rates[-1] < 1e-5 and (steps == 2 or max(rates) > 0.09)
 
 
 def test_help_shows_every_setting_with_its_default():
