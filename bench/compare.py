@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -128,10 +128,10 @@ def main(s: Settings):
     out.mkdir(parents=True, exist_ok=True)
     equal_steps = {name: [out / f"{name}-{s.steps}-steps-seed{k}" for k in range(s.seeds)] for name in VERSIONS}
     train_all([(name, equal_steps[name][seed], seed, s.steps) for seed in range(s.seeds) for name in VERSIONS], s)
-    budget = mean(seconds_of(run)[0] for run in equal_steps["baseline"])
+    budget = median(seconds_of(run)[0] for run in equal_steps["baseline"])  # one disturbed run shifts no median
     equal_time, runs = {"baseline": equal_steps["baseline"]}, []
     for name in list(VERSIONS)[1:]:
-        training, store = (mean(v) for v in zip(*map(seconds_of, equal_steps[name])))
+        training, store = (median(v) for v in zip(*map(seconds_of, equal_steps[name])))
         steps = max(10, round(s.steps * (budget - store) / training))
         equal_time[name] = [out / f"{name}-equal-time-to-{s.steps}-seed{k}" for k in range(s.seeds)]
         for seed, run in enumerate(equal_time[name]):

@@ -111,7 +111,10 @@ def full_disk_is_one_line(folder: Path, kept: str):
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        cause = error  # libraries raise errors of their own on top
+        while cause and getattr(cause, "errno", None) not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            cause = cause.__context__
+        if not cause:
             raise
         raise SystemExit(f"error: the disk of {folder} is full; free some space and run again, {kept}") from None
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from common.cache import full_disk_is_one_line
 
 
 @dataclass
@@ -32,7 +35,8 @@ def _load(kind, name: str, subfolder: str, **options):
     if (folder.exists() or name.startswith((".", "/", "checkpoints"))) and not (folder / subfolder).is_dir():
         raise SystemExit(f"error: {name} is no diffusers pipeline folder (it has no {subfolder}/)")
     try:
-        return kind.from_pretrained(name, subfolder=subfolder, **options)
+        with full_disk_is_one_line(Path(HF_HUB_CACHE), "the download goes on where it stopped"):
+            return kind.from_pretrained(name, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SystemExit(

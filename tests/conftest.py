@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,3 +55,15 @@ def make_small_set(root: Path) -> Path:
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory):
     return make_small_set(tmp_path_factory.mktemp("small set"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 100 KB, and a function that makes it large enough."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)],
+                                                 capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root on Linux")
+    yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+    subprocess.run(["umount", str(disk)], check=True)

@@ -118,3 +118,15 @@ def test_no_network_is_one_clear_line(hub, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]  # the hub's client notes its retries before it
     assert last.startswith("error: the teacher somebody/mini") and "--mini" in last
+
+
+def test_a_full_disk_is_one_clear_line_and_the_download_goes_on_after(hub, small_disk):
+    environment, _, _ = hub
+    disk, grow = small_disk
+    done = load("somebody/mini", environment, disk)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith("error: ") and "full" in last, done.stderr[-1500:]
+    grow()
+    done = load("somebody/mini", environment, disk)
+    assert done.returncode == 0 and "loaded 13038884" in done.stdout, done.stderr[-1500:]
