@@ -115,8 +115,8 @@ def medians(functions: dict, rounds: int) -> dict[str, float]:
         for name, function in functions.items():
             began = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             if number:
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(t) for name, t in times.items()}
@@ -136,8 +136,9 @@ def others_to_time(world, v, s: Settings, folder: Path) -> tuple[dict, dict]:
     how = dict(sampler="ddim", steps=5, guidance=5.0, seed=0, size_px=v.resolution, batch=s.pictures)
 
     def by_pipeline():
-        return pipeline(captions, num_inference_steps=5, guidance_scale=5.0, output_type="np",
-                        generator=torch.Generator().manual_seed(0)).images
+        with world.autocast():
+            return pipeline(captions, num_inference_steps=5, guidance_scale=5.0, output_type="np",
+                            generator=torch.Generator().manual_seed(0)).images
 
     ours = sample(student, teacher, captions, **how)[0]
     theirs = torch.from_numpy((by_pipeline() * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)

@@ -158,8 +158,9 @@ class TrainingPairs:
         self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).to(device)
         if folder is None:
             return
-        key = fingerprint(dataset.annotations, dataset.split, dataset.size_px, len(dataset), teacher.vae,
-                          teacher.text_encoder)
+        folder_of = dataset.root / dataset.split
+        sizes = [(name, (folder_of / name).stat().st_size) for name in dataset.files]  # a mended picture is another one
+        key = fingerprint(dataset.annotations, dataset.split, dataset.size_px, sizes, teacher.vae, teacher.text_encoder)
         self.folder = Path(folder) / f"pairs-{key}"
         self._cache_latents(workers)
         self._cache_captions(caption_gb)
@@ -230,7 +231,8 @@ class TrainingPairs:
     def batch(self, indices: np.ndarray, choices: np.ndarray, mirrored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.usable[indices]
         if self.folder is None:
-            stacked = torch.stack([p.flip(2) if m else p for p, m in zip(map(self._picture, indices), mirrored)])
+            indices, found = zip(*map(self._picture, indices))
+            stacked = torch.stack([p.flip(2) if m else p for p, m in zip(found, mirrored)])
             with torch.no_grad():
                 latents = encode_pictures(self.teacher.vae, stacked)
         else:
@@ -255,12 +257,13 @@ class TrainingPairs:
             self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
         return self._order[1][place * batch_size : (place + 1) * batch_size]
 
-    def _picture(self, i: int) -> torch.Tensor:
-        """Picture i, or the next one that can be decoded (only without a cache, which leaves such pictures out)."""
+    def _picture(self, i: int) -> tuple[int, torch.Tensor]:
+        """Picture i, or the next one that can be decoded, and which that is (a cache leaves such pictures out)."""
         for j in range(len(self.dataset)):
-            picture = self.dataset[(i + j) % len(self.dataset)]
+            index = (i + j) % len(self.dataset)
+            picture = self.dataset[index]
             if picture is not None:
-                return picture
+                return index, picture
         raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,11 @@ class CocoCaptions(torch.utils.data.Dataset):
         try:
             from pycocotools.coco import COCO
 
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints its timings
-                coco = COCO(str(self.annotations))
+            coco = COCO()  # which would open the file in the system's encoding
+            coco.dataset = json.loads(self.annotations.read_text("utf-8"))
+            assert isinstance(coco.dataset, dict), "no object"
+            with contextlib.redirect_stdout(io.StringIO()):  # it says what it does
+                coco.createIndex()
             for image in sorted(coco.dataset["images"], key=lambda image: image["id"]):
                 texts = [" ".join(str(a.get("caption", "")).split()) for a in coco.imgToAnns.get(image["id"], [])]
                 texts = [t for t in texts if t]

@@ -85,22 +85,20 @@ class InceptionV3(nn.Module):
                 f"error: Inception-v3's weights could not be downloaded ({error}). Put pt_inception-2015-12-05-6726825d.pth "
                 "into torch's hub cache (~/.cache/torch/hub/checkpoints), or run the embedded world with --mini"
             ) from None
-        self.lpips = None
+        import lpips
+
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+                warnings.simplefilter("ignore")
+                self.lpips = lpips.LPIPS(net="alex").eval().requires_grad_(False)
+        except OSError as error:
+            raise SystemExit(f"error: AlexNet's weights for LPIPS could not be downloaded ({error})") from None
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.net(pictures.float() / 255)[0].flatten(1)
 
     def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """(N,) LPIPS with AlexNet."""
-        if self.lpips is None:
-            import lpips
-
-            try:
-                with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-                    warnings.simplefilter("ignore")
-                    self.lpips = lpips.LPIPS(net="alex").eval().requires_grad_(False).to(a.device)
-            except OSError as error:
-                raise SystemExit(f"error: AlexNet's weights for LPIPS could not be downloaded ({error})") from None
         a, b = (F.interpolate(x.float() / 127.5 - 1, (64, 64), mode="bilinear") if x.shape[-1] < 64
                 else x.float() / 127.5 - 1 for x in (a, b))
         return self.lpips(a, b).flatten()
@@ -146,7 +144,7 @@ def object_crops(pictures: torch.Tensor, objects: list[list[int]]) -> tuple[torc
 
 def drawn_objects(annotations: Path, image_ids: list[int]) -> tuple[list[list[int]], list[str]]:
     """The categories of each picture from left to right, as indices into the category names, also returned."""
-    content = json.loads(annotations.read_text())
+    content = json.loads(annotations.read_text("utf-8"))
     index = {c["id"]: i for i, c in enumerate(content["categories"])}
     by_image = {i: [] for i in image_ids}
     for a in content["annotations"]:

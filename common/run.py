@@ -36,7 +36,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def make_folder(folder: Path, option: str):
@@ -68,16 +68,17 @@ class Run:
         self.folder, self.reported, self.main = Path(folder), {}, main
         self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
         path = self.folder / "settings.json"
-        if not main:
+        # without a checkpoint there is no run yet: what stopped it may be mended by other settings
+        self.begun = path.is_file() and any(x for kind in ("state-*.pt", "checkpoint-*") for x in self.folder.glob(kind))
+        if not main or not self.begun:
             return
-        if path.is_file() and not resume:
+        if not resume:
             raise SystemExit(f"error: {folder} holds a run already; go on with --resume, or choose another --out")
-        if path.is_file():
-            before = json.loads(path.read_text())
-            changed = [k for k, v in json.loads(json.dumps(self.settings)).items() if before.get(k) != v]
-            if changed:
-                raise SystemExit(f"error: {folder} was started with other settings ({', '.join(changed)}); "
-                                 "resume it with the same ones")
+        before = json.loads(path.read_text("utf-8"))
+        changed = [k for k, v in json.loads(json.dumps(self.settings)).items() if before.get(k) != v]
+        if changed:
+            raise SystemExit(f"error: {folder} was started with other settings ({', '.join(changed)}); "
+                             "resume it with the same ones")
 
     def start(self):
         """Make the folder and write the settings."""
@@ -85,6 +86,8 @@ class Run:
             return
         make_folder(self.folder / "samples", "--out")
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2).encode())
+        if not self.begun:
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
 
     def cut_log(self, step: int):
         """Forget what was logged after `step`: it will be logged again."""
@@ -102,6 +105,7 @@ class Run:
         start = learner.restore(self.folder) if s.resume else 0
         if start and self.main:
             self.cut_log(start)
+        earlier = max((x.get("seconds", 0.0) for x in read_log(self.folder)), default=0.0) if start else 0.0
         signals = []
 
         def on_signal(number, _):
@@ -131,7 +135,7 @@ class Run:
                         skipped, in_a_row = learner.bad_steps()
                         spent += time.perf_counter() - began
                         speed = (done - start) * learner.batch_size / spent
-                        self.log(step=done, **values, skipped_steps=skipped, seconds=spent, images_per_s=speed)
+                        self.log(step=done, **values, skipped_steps=skipped, seconds=earlier + spent, images_per_s=speed)
                         bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}")
                         if in_a_row >= s.max_bad_steps:
                             learner.save(self.folder, done)

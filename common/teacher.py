@@ -65,7 +65,7 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     vae = _load(AutoencoderKL, name, "vae", dtype=dtype, use_safetensors=True)
     text_encoder = _load(CLIPTextModel, name, "text_encoder", dtype=dtype, use_safetensors=True)
     tokenizer = _load(CLIPTokenizer, name, "tokenizer")
-    scheduler = _load(DDPMScheduler, name, "scheduler")
+    scheduler = _load(DDPMScheduler, name, "scheduler", clip_sample=False, steps_offset=1)  # as SD's pipeline insists
     if scheduler.config.prediction_type != "epsilon":
         raise SystemExit(f"error: {name} predicts {scheduler.config.prediction_type}; only epsilon teachers (SD-1.x) work")
     for model in (unet, vae, text_encoder):

@@ -98,16 +98,16 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         run.start()
         cache = ROOT / s.cache_folder
         make_folder(cache, "--cache-folder")
+        how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
+                   batch=s.eval_batch)
+        evaluator = Evaluator(s.features, val_set, teacher, cache, device, how, load_reader(Path(name)) if s.mini else None,
+                              accelerator)
         pairs = pairs_of(teacher) if pairs_of else TrainingPairs(
             train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb, device=device, workers=s.workers,
             flip=s.flip)
     if train_set:
         train_set.check_share(s.max_broken)
         check({too_few.format(s.batch_size, len(pairs)): s.batch_size <= len(pairs)})
-    how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
-               batch=s.eval_batch)
-    evaluator = Evaluator(s.features, val_set, teacher, cache, device, how, load_reader(Path(name)) if s.mini else None,
-                          accelerator)
     if main:
         if train_set:
             left_out = ", ".join(f"{n} {why}" for why, n in train_set.skipped.items() if n)

@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -228,11 +229,22 @@ def annotations(scenes: list, first_id: int) -> tuple[dict, dict]:
 
 
 def draw_mini(root: Path = ROOT) -> Path:
-    """Make sure that the set lies in `root` and return it: drawn once, in a temporary folder renamed when whole."""
+    """Make sure that the set lies in `root` and return it: drawn once, in a temporary folder renamed when whole.
+
+    Raises SystemExit where `root` holds something else.
+    """
     root = Path(root)
-    done = root / "done.json"
-    if done.is_file() and json.loads(done.read_text())["version"] == VERSION:
-        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f"{root.name}.lock")):  # of two runs that start at once the second waits
+        done = root / "done.json"
+        if not done.is_file() and root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise SystemExit(f"error: {root} holds something else; choose another folder for the drawn set")
+        if not done.is_file() or json.loads(done.read_text())["version"] != VERSION:
+            _draw(root)
+    return root
+
+
+def _draw(root: Path):
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "annotations").mkdir(parents=True)
@@ -249,11 +261,7 @@ def draw_mini(root: Path = ROOT) -> Path:
             first += count
     (partial / "done.json").write_text(json.dumps({"version": VERSION, **SPLITS}))
     shutil.rmtree(root, ignore_errors=True)
-    try:
-        partial.rename(root)
-    except OSError:  # another run finished it in the meantime
-        shutil.rmtree(partial, ignore_errors=True)
-    return root
+    partial.rename(root)
 
 
 if __name__ == "__main__":

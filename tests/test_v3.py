@@ -276,11 +276,3 @@ def test_inference_compares_from_the_same_noise(one_process, tmp_path):
     assert done.returncode == 0 and np.abs(single.astype(int) - pair[:, :32]).max() <= 1
     done = run("v3/inference.py", "--model", str(one_process), "--out", str(tmp_path / "student"), *common)
     assert done.returncode == 0 and len(list(Path(tmp_path / "student").glob("0*.png"))) == 2
-
-
-@pytest.mark.parametrize("name, kind", [("fsdp", "FSDP"), ("deepspeed", "DEEPSPEED")])
-def test_launch_configs_are_what_accelerate_takes(name, kind):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(ROOT / "v3" / f"{name}.yaml"))
-    assert config.distributed_type == kind and config.mixed_precision == "bf16"

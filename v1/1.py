@@ -162,6 +162,9 @@ def main(s: Settings):
         f"--target must be one of {', '.join(TARGETS)}": s.target in TARGETS,
         "--chains must lie in 1..1000 and not rise": all(1 <= c <= 1000 for c in s.chains)
             and list(s.chains) == sorted(s.chains, reverse=True),
+        "--chains must divide 1000": all(1000 % c == 0 for c in s.chains),
+        "--progressive needs chains that halve after the first that is shortened, such as --chains 1000,200,100,50,25":
+            not s.progressive or all(a == 2 * b for a, b in zip(s.chains, s.chains[1:]) if a < 1000),
         "--stage-percent must give each of --chains a share": len(s.stage_percent) == len(s.chains)
             and min(s.stage_percent) > 0,
     })

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset as wds
+from PIL import Image
 
 from common.cache import Batch, draw_noise
 from common.coco import load_image
@@ -31,7 +32,17 @@ def find_shards(pattern: str) -> list[str]:
 
 def samples(shards: list[str], on_error=wds.warn_and_continue):
     """The samples of tar files, in order: dicts from extension to bytes, with `__key__`."""
-    return iter(wds.DataPipeline(wds.SimpleShardList(shards), wds.tarfile_to_samples(handler=on_error)))
+    def opened():  # not by webdataset, which takes the drive letter of a Windows path for a protocol
+        for shard in shards:
+            try:
+                with open(shard, "rb") as stream:
+                    yield {"url": shard, "stream": stream}
+            except OSError as error:
+                if not on_error(error):
+                    return
+
+    files = wds.tariterators.tar_file_expander(opened(), handler=on_error)
+    return wds.tariterators.group_by_keys(files, handler=on_error)
 
 
 def captions_of(sample: dict) -> list[str]:
@@ -39,7 +50,8 @@ def captions_of(sample: dict) -> list[str]:
     if "json" in sample:
         found = json.loads(sample["json"])
         if isinstance(found, dict) and (found.get("captions") or found.get("caption")):
-            texts = found.get("captions") or [found["caption"]]
+            texts = found.get("captions") or found["caption"]
+            texts = texts if isinstance(texts, list) else [texts]
             return [" ".join(str(t).split()) for t in texts if str(t).strip()]
     text = " ".join(sample.get("txt", b"").decode("utf-8", "replace").split())
     return [text] if text else []
@@ -52,7 +64,7 @@ def decode_sample(sample: dict, size_px: int, rng: random.Random) -> tuple[torch
         captions = captions_of(sample)
         pixels = torch.from_numpy(load_image(io.BytesIO(picture), size_px)).permute(2, 0, 1)
         return pixels, rng.choice(captions)
-    except (StopIteration, IndexError, OSError, ValueError, SyntaxError):
+    except (StopIteration, IndexError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
@@ -73,21 +85,28 @@ class ShardStream(torch.utils.data.IterableDataset):
             order = [self.shards[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))]
             mine = order[self.rank * workers + worker :: self.processes * workers]
             shuffle = wds.shuffle(1000, rng=random.Random(f"{self.seed} {epoch} {self.rank} {worker}"))
-            yield from ((epoch, sample) for sample in shuffle(samples(mine)))
+            empty = True
+            for sample in shuffle(samples(mine)):
+                empty = False
+                yield epoch, sample
+            if empty:
+                raise RuntimeError("none of these shards can be read: " + ", ".join(mine[:3]))
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # a DataLoader takes batches from its workers in turn
         skip = len(range(worker, self.skip, workers)) * self.batch
-        stream = itertools.islice(self.raw(worker, workers), skip, None)
-        while True:
+        stream, bad = itertools.islice(self.raw(worker, workers), skip, None), 0
+        while bad < 1000:
             group = list(itertools.islice(stream, self.batch))
             good = [decode_sample(x, self.size_px, random.Random(f"{self.seed} {e} {x['__key__']}")) for e, x in group]
             good = [g for g in good if g is not None]
+            bad = 0 if good else bad + len(group)
             if good:
                 good = (good * self.batch)[: self.batch]
                 yield torch.stack([pixels for pixels, _ in good]), [caption for _, caption in good]
+        raise RuntimeError(f"none of {bad:,} samples in a row has a picture that can be decoded and a caption")
 
 
 class ShardPairs:
@@ -109,7 +128,11 @@ class ShardPairs:
             stream = ShardStream(self.shards, self.size_px, share, self.seed, self.rank, self.processes,
                                  skip=step * parts // self.processes)
             self.stream = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=self.workers))
-        pixels, captions = next(self.stream)
+        try:
+            pixels, captions = next(self.stream)
+        except RuntimeError as error:  # a worker's comes with its traceback
+            reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+            raise SystemExit(f"error: --shards: {reason}; look at them with python v3/data.py --check") from None
         rng = np.random.default_rng([seed, 1, step])
         mine = slice(share * part, share * (part + 1))
         captions = ["" if drop else c for c, drop in zip(captions, (rng.random(batch_size) < dropout)[mine])]

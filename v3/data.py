@@ -23,6 +23,7 @@ import webdataset as wds
 from coco_dataset import captions_of, decode_sample, find_shards, samples
 from tqdm import tqdm
 
+from common.cache import write_atomically
 from common.coco import CocoCaptions
 from common.settings import check, parse
 
@@ -46,6 +47,13 @@ def write_shards(s: Settings):
     """One sample a picture: its file as it is, and its captions in a .json."""
     dataset, out = CocoCaptions(s.coco, s.split, size_px=64), Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
+    content = {"set": str(dataset.annotations.resolve()), "samples": len(dataset), "shard_size": s.shard_size}
+    note = out / "shards.json"
+    if note.is_file() and json.loads(note.read_text("utf-8")) != content:
+        raise SystemExit(f"error: {out} holds shards of another set or size; choose another --out")
+    check({f"{out} holds shards that are not known to be of this set; choose another --out":
+           note.is_file() or not any(out.glob("*.tar"))})
+    write_atomically(note, json.dumps(content).encode())
     starts = range(0, len(dataset), s.shard_size)
     for number, start in enumerate(tqdm(starts, desc="shards", unit="shard")):
         path = out / f"{number:05d}.tar"
@@ -53,7 +61,7 @@ def write_shards(s: Settings):
             continue
         partial = path.with_suffix(f".partial-{os.getpid()}")
         try:
-            with wds.TarWriter(str(partial)) as tar:
+            with open(partial, "wb") as file, wds.TarWriter(file) as tar:
                 for i in range(start, min(start + s.shard_size, len(dataset))):
                     file = dataset.root / dataset.split / dataset.files[i]
                     extension = file.suffix[1:].lower()
@@ -94,7 +102,11 @@ def check_shards(pattern: str) -> int:
         for sample in samples([shard], on_error=failed):
             counts["samples"] += 1
             if decode_sample(sample, 64, random.Random(0)) is None:
-                counts["broken pictures" if captions_of(sample) else "without a caption"] += 1
+                try:
+                    why = "broken pictures" if captions_of(sample) else "without a caption"
+                except ValueError:
+                    why = "broken .json"
+                counts[why] += 1
                 broken.append(f"{shard}: {sample['__key__']}")
     print(", ".join(f"{n:,} {what}" for what, n in counts.items()) or "no samples")
     for line in broken[:5]:

@@ -96,7 +96,9 @@ def main(s: Settings):
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in [s.model, *([s.compare] if s.compare else [])]:
-        pictures, seconds = draw(load(name, s, device, dtype), prompts, s, Path(name).name)
+        pipeline = load(name, s, device, dtype)
+        s.size_px = s.size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor  # --compare's too
+        pictures, seconds = draw(pipeline, prompts, s, Path(name).name)
         rows.append(pictures)
         print(f"{name}: {seconds:.3f} s an image on {device.type}, batches of {min(s.batch, len(prompts))}")
     for i, shown in enumerate(zip(*rows)):

@@ -1,7 +1,7 @@
 """V-3: distil a pruned student (`sd_small`, `sd_tiny`) on many GPUs and machines, with Accelerate.
 
     python v3/train_student_kd.py --mini                            # the embedded world, one process
-    accelerate launch v3/train_student_kd.py --size sd_small        # SD-1.5, on what `accelerate config` was told
+    accelerate launch v3/train_student_kd.py --size sd_small --channels 320,640,1280,1280   # on what Accelerate was told
     accelerate launch v3/train_student_kd.py --shards data/shards   # WebDataset shards in place of COCO
 
 The loss is BK-SDM's (arXiv 2305.15798): task_weight MSE(student, noise) + kd_weight MSE(student, teacher)
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from prepare_unet_small import SIZES, pruned_config
 
 from common.ema import EMA
@@ -177,15 +177,26 @@ class AcceleratedLearner:
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> int:
+        """The step of the newest checkpoint that loads, 0 without any. Raises SystemExit where none loads, or the processes
+        find different ones."""
+        step = self.load_newest(folder)
+        if len(set(gather_object([step]))) > 1:
+            raise SystemExit("error: the processes find different checkpoints; --out must be a disk that all machines share")
+        return step
+
+    def load_newest(self, folder: Path) -> int:
+        found = False
         for path in sorted(folder.glob("checkpoint-????????"), reverse=True):
             try:
                 self.accelerator.load_state(str(path))
             except Exception as error:  # whatever a damaged file makes the loaders raise
                 self.accelerator.print(f"{path.name} is broken ({type(error).__name__}); trying the one before it")
+                found = True
                 continue
             step = int(path.name.split("-")[1])
             self.accelerator.print(f"going on at step {step:,}")
             return step
+        check({f"no checkpoint in {folder} is whole; begin anew in another --out": not found})
         return 0
 
 
@@ -206,6 +217,9 @@ def main(s: Settings):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])  # the others wait for the caches
     except (ImportError, ValueError) as error:
         raise SystemExit(f"error: Accelerate cannot start: {error}") from None
+    check({"V-3 trains with DDP; FSDP and DeepSpeed are not supported (a light student needs no sharding)":
+           accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)})
+
     def shard_pairs(teacher):
         from coco_dataset import ShardPairs
 
