@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import re
+import shutil
 import threading
 import zipfile
 
@@ -18,7 +19,7 @@ from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions, load_image
 from common.sampling import encode_captions, encode_pictures
 from data import download_coco
-from data.draw_mini import CATEGORIES, SIZE_PX, Painter, annotations, article, plan_set
+from data.draw_mini import CATEGORIES, SIZE_PX, Painter, annotations, article, draw_mini, plan_set
 
 
 def test_annotations_are_the_same_on_every_machine():
@@ -135,6 +136,24 @@ def test_cache_equals_encoding_on_the_fly(small_set, teacher, tmp_path):
         found = pairs.batch(indices, choices, mirrored)
         torch.testing.assert_close(found[0], latents, atol=5e-3, rtol=2e-3)
         torch.testing.assert_close(found[1], hidden, atol=5e-3, rtol=2e-3)
+
+
+def test_a_mended_picture_is_read(small_set, teacher, tmp_path):
+    shutil.copytree(small_set, tmp_path / "set")
+    file = sorted((tmp_path / "set" / "train").iterdir())[5]
+    whole = file.read_bytes()
+    for content, count in ((whole[:200], 47), (whole, 48)):
+        file.write_bytes(content)
+        data = CocoCaptions(tmp_path / "set", "train", 32)
+        assert len(TrainingPairs(data, teacher, tmp_path / "cache", caption_gb=1, device=torch.device("cpu"))) == count
+
+
+def test_drawing_never_replaces_another_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("mine")
+    with pytest.raises(SystemExit, match="something else"):
+        draw_mini(tmp_path / "photos")
+    assert (tmp_path / "photos" / "a.jpg").read_text() == "mine"
 
 
 def test_flip_mirrors_about_half_of_a_batch(small_set, teacher, tmp_path):

@@ -162,9 +162,9 @@ def test_a_users_mistake_is_one_clear_line(small_set, tmp_path, arguments, messa
 def test_an_epoch_sees_every_sample_once(processes, accumulate):
     class Indices(TrainingPairs):
         def __init__(self):
-            self.usable, self._order, self.device, self.seen = np.arange(100), None, torch.device("cpu"), []
+            self.usable, self._order, self.device, self.seen, self.flip = np.arange(100), None, torch.device("cpu"), [], False
 
-        def batch(self, indices, choices):
+        def batch(self, indices, choices, mirrored):
             self.seen += indices.tolist()
             return torch.zeros(len(indices), 4, 1, 1), torch.zeros(len(indices), 1, 1)
 
@@ -206,6 +206,25 @@ def keys_of(stream, worker, workers, epochs=1):
         if epoch == epochs:
             return keys
         keys.setdefault(epoch, []).append(sample["__key__"])
+
+
+def test_shards_of_another_set_or_size_are_not_mixed(small_set, shards):
+    for other in (["--split", "val"], ["--split", "train", "--shard-size", "5"]):
+        done = run("v3/data.py", "--coco", str(small_set), *other, "--out", str(shards))
+        assert done.returncode == 1 and "another --out" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_a_usable_sample_end_in_one_line(teacher, tmp_path, workers):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"cat"))
+    pairs = coco_dataset.ShardPairs(str(tmp_path), teacher, size_px=32, seed=0, rank=0, processes=1, workers=workers,
+                                    device=torch.device("cpu"))
+    with pytest.raises(SystemExit, match="--check"):
+        pairs.draw(0, 4, 0.1, 0)
 
 
 @pytest.mark.parametrize("processes, workers", [(1, 1), (2, 2), (4, 2)])
