@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.cache import TeacherStore
-from common.coco import load_image
+from common.coco import load_image, pictures
 from common.run import table
 from common.sampling import encode_captions, encode_pictures, sample
 from common.settings import check, parse
@@ -144,7 +144,9 @@ def others_to_time(world, v, s: Settings, folder: Path) -> tuple[dict, dict]:
     theirs = torch.from_numpy((by_pipeline() * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     facts = {"largest difference to the pipeline's pictures, of 255": (ours.int() - theirs.int()).abs().max().item()}
     dataset = world.pairs.dataset
-    files = [dataset.root / dataset.split / name for name in dataset.files[:64]]
+    files = [dataset.root / dataset.split / dataset.files[i % len(dataset)] for i in range(1024)]
+    workers = os.cpu_count()
+    listed = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(1024)])
 
     def by_pil():
         for file in files:
@@ -154,12 +156,13 @@ def others_to_time(world, v, s: Settings, folder: Path) -> tuple[dict, dict]:
     functions = {
         "sampling": lambda: sample(student, teacher, captions, **how), "sampling in bf16": lambda: sample(
             student, teacher, captions, dtype=torch.bfloat16, **how), "StableDiffusionPipeline": by_pipeline,
-        "image loading": lambda: [load_image(file, v.resolution) for file in files], "plain PIL": by_pil}
+        "image loading": lambda: [load_image(file, v.resolution) for file in files],
+        f"image loading, {workers} workers": lambda: list(pictures(listed, 128, workers)), "plain PIL": by_pil}
     if v.features == "inception":
         reals = [world.evaluator.dataset[i] for i in range(s.pictures)]
-        for name, pictures in (("real", reals), ("drawn", ours)):
+        for name, found in (("real", reals), ("drawn", ours)):
             (folder / name).mkdir()
-            for i, picture in enumerate(pictures):
+            for i, picture in enumerate(found):
                 Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / name / f"{i}.png")
         world.evaluator.score(ours)  # the frozen side, paid once
         # the command without its start-up, which this process has had: importing torch would count against it
@@ -189,7 +192,8 @@ def main(s: Settings):
         t = medians(functions, s.rounds)
         print(table({name: {"seconds": seconds} for name, seconds in t.items()}))
         for ours, theirs in (("sampling", "StableDiffusionPipeline"), ("sampling in bf16", "StableDiffusionPipeline"),
-                             ("image loading", "plain PIL"), ("evaluation", "pytorch_fid")):
+                             ("image loading", "plain PIL"),
+                             (f"image loading, {os.cpu_count()} workers", "plain PIL"), ("evaluation", "pytorch_fid")):
             if ours in t:
                 print(f"{ours} against {theirs}: {t[theirs] / t[ours]:.2f} x faster")
         for what, value in facts.items():

@@ -99,13 +99,15 @@ def pictures(dataset: CocoCaptions, batch: int, workers: int = 0, start: int = 0
     """Yield ((n, 3, size, size) uint8, their indices) in order from `start`; undecodable pictures are left out."""
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(dataset, range(start, len(dataset))), batch_size=batch, num_workers=workers,
-        collate_fn=_as_list)
-    for items in loader:
-        good = [(i, x) for i, x in enumerate(items, start) if x is not None]
-        start += len(items)
+        collate_fn=_stack)
+    for count, good, stacked in loader:
         if good:
-            yield torch.stack([x for _, x in good]), [i for i, _ in good]
+            yield stacked, [start + k for k in good]
+        start += count
 
 
-def _as_list(items: list) -> list:  # a module-level function, so that spawned workers can import it
-    return items
+def _stack(items: list) -> tuple:
+    """How many, which of them could be decoded, and those as one tensor: a worker hands every tensor over through an open
+    file, of which a process may have few. A module-level function, so that spawned workers can import it."""
+    good = [k for k, x in enumerate(items) if x is not None]
+    return len(items), good, torch.stack([items[k] for k in good]) if good else None

@@ -69,7 +69,7 @@ class Settings:
     cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
     cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
-    workers: int = 0  # processes that decode pictures
+    workers: int = 2  # processes that decode pictures for the cache; 0: this one
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
     max_bad_steps: int = 20  # steps in a row without finite gradients that end the run
     save_every: int = 500  # steps between checkpoints
@@ -81,7 +81,7 @@ MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
     out="checkpoints/v2.2-mini", channels=(32, 48, 48), layers=1, groups=4, steps=2_000, store=2, lr=4e-3, ema_decay=0.99,
     features="effnet-lite0", guidance=3.0, eval_every=1_000, eval_samples=100, final_samples=1_000, cache_gb=0.5,
-    save_every=250,
+    workers=0, save_every=250,
 )
 
 
