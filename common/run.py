@@ -65,7 +65,7 @@ class Run:
     """
 
     def __init__(self, folder: str, settings, resume: bool, main: bool = True):
-        self.folder, self.reported, self.main = Path(folder), {}, main
+        self.folder, self.reported, self.loss_max, self.main = Path(folder), {}, None, main
         self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
         path = self.folder / "settings.json"
         # without a checkpoint there is no run yet: what stopped it may be mended by other settings
@@ -135,7 +135,9 @@ class Run:
                         skipped, in_a_row = learner.bad_steps()
                         spent += time.perf_counter() - began
                         speed = (done - start) * learner.batch_size / spent
-                        self.log(step=done, **values, skipped_steps=skipped, seconds=earlier + spent, images_per_s=speed)
+                        self.log(step=done, **values, loss_max=self.loss_max.item(), skipped_steps=skipped,
+                                 seconds=earlier + spent, images_per_s=speed)
+                        self.loss_max = None
                         bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}")
                         if in_a_row >= s.max_bad_steps:
                             learner.save(self.folder, done)
@@ -159,8 +161,10 @@ class Run:
                 signal.signal(number, handler)
 
     def report(self, **values):
-        """What the log shall say of this step: numbers, or scalar tensors, which are only read where a line is due."""
-        self.reported = values
+        """What the log shall say of this step: numbers, or scalar tensors, which are only read where a line is due. Of the
+        steps without a line it keeps the highest loss."""
+        self.reported, loss = values, values["loss"].detach()
+        self.loss_max = loss if self.loss_max is None else torch.maximum(self.loss_max, loss)
 
     def log(self, **values):
         if not self.main:

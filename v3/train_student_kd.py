@@ -132,8 +132,8 @@ class AcceleratedLearner:
         self.scheduler = one_cycle(optimizer, s)
         self.ema = EMA(self.student, s.ema_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self.scheduler, self.ema)
-        self.skipped = [0, 0]
+        accelerator.register_for_checkpointing(self.scheduler, self.ema, self)
+        self.skipped = [0, 0]  # steps without finite gradients: in all, in a row
 
     @property
     def lr(self) -> float:
@@ -154,6 +154,12 @@ class AcceleratedLearner:
 
     def bad_steps(self) -> tuple[int, int]:
         return tuple(self.skipped)
+
+    def state_dict(self) -> dict:  # what the checkpoints keep beyond the parts that Accelerate knows
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict):
+        self.skipped = state["skipped"]
 
     def agree(self, signal_number: int, step: int) -> int:
         """The processes compare notes at every tenth step only."""
@@ -263,11 +269,13 @@ def main(s: Settings):
                 losses = learner.model(noisy, timesteps, hidden, noise, teacher_pred)
                 learner.backward((weights * losses).sum(), step)
                 total += losses.detach() / s.accumulate
-        if (step + 1) % s.log_every == 0 or step + 1 == s.steps:
+        due = (step + 1) % s.log_every == 0 or step + 1 == s.steps
+        if due:
             total = accelerator.reduce(total, "mean")
-            values = dict(zip(("task_loss", "kd_loss", "feature_loss"), total.tolist()), lr=lr)
-            world.run.report(loss=(weights * total).sum().item(), **values)
-            accelerator.log({"loss": (weights * total).sum().item(), **values}, step=step + 1)
+        values = dict(zip(("task_loss", "kd_loss", "feature_loss"), total), loss=(weights * total).sum(), lr=lr)
+        world.run.report(**values)
+        if due:
+            accelerator.log({name: float(value) for name, value in values.items()}, step=step + 1)
 
     finish(world, learner, s, "V-3")
     accelerator.end_training()
