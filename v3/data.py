@@ -61,7 +61,7 @@ def write_shards(s: Settings):
             continue
         partial = path.with_suffix(f".partial-{os.getpid()}")
         try:
-            with open(partial, "wb") as file, wds.TarWriter(file) as tar:
+            with open(partial, "wb") as shard, wds.TarWriter(shard) as tar:
                 for i in range(start, min(start + s.shard_size, len(dataset))):
                     file = dataset.root / dataset.split / dataset.files[i]
                     extension = file.suffix[1:].lower()
