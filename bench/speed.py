@@ -124,7 +124,6 @@ def medians(functions: dict, rounds: int) -> dict[str, float]:
 def others_to_time(world, v, s: Settings, folder: Path) -> tuple[dict, dict]:
     """Sampling, loading and evaluation, each beside the usual way; and checks that both give the same."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from pytorch_fid.fid_score import calculate_fid_given_paths
 
     teacher, captions = world.teacher, world.evaluator.captions[: s.pictures]
     student = world.student.eval()
@@ -144,9 +143,12 @@ def others_to_time(world, v, s: Settings, folder: Path) -> tuple[dict, dict]:
     theirs = torch.from_numpy((by_pipeline() * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     facts = {"largest difference to the pipeline's pictures, of 255": (ours.int() - theirs.int()).abs().max().item()}
     dataset = world.pairs.dataset
-    files = [dataset.root / dataset.split / dataset.files[i % len(dataset)] for i in range(1024)]
-    workers = os.cpu_count()
-    listed = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(1024)])
+    repeated = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(1024)])
+    files = [dataset.root / dataset.split / dataset.files[i] for i in repeated.indices]
+
+    def by_ours(dtype):
+        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+            return sample(student, teacher, captions, **how)
 
     def by_pil():
         for file in files:
@@ -154,11 +156,13 @@ def others_to_time(world, v, s: Settings, folder: Path) -> tuple[dict, dict]:
                 ImageOps.fit(image.convert("RGB"), (v.resolution,) * 2, Image.Resampling.BICUBIC)
 
     functions = {
-        "sampling": lambda: sample(student, teacher, captions, **how), "sampling in bf16": lambda: sample(
-            student, teacher, captions, dtype=torch.bfloat16, **how), "StableDiffusionPipeline": by_pipeline,
+        "sampling": lambda: by_ours(torch.float32), "sampling in bf16": lambda: by_ours(torch.bfloat16),
+        "StableDiffusionPipeline": by_pipeline,
         "image loading": lambda: [load_image(file, v.resolution) for file in files],
-        f"image loading, {workers} workers": lambda: list(pictures(listed, 128, workers)), "plain PIL": by_pil}
+        "image loading by workers": lambda: list(pictures(repeated, 128, os.cpu_count())), "plain PIL": by_pil}
     if v.features == "inception":
+        from pytorch_fid.fid_score import calculate_fid_given_paths
+
         reals = [world.evaluator.dataset[i] for i in range(s.pictures)]
         for name, found in (("real", reals), ("drawn", ours)):
             (folder / name).mkdir()
@@ -192,8 +196,8 @@ def main(s: Settings):
         t = medians(functions, s.rounds)
         print(table({name: {"seconds": seconds} for name, seconds in t.items()}))
         for ours, theirs in (("sampling", "StableDiffusionPipeline"), ("sampling in bf16", "StableDiffusionPipeline"),
-                             ("image loading", "plain PIL"),
-                             (f"image loading, {os.cpu_count()} workers", "plain PIL"), ("evaluation", "pytorch_fid")):
+                             ("image loading", "plain PIL"), ("image loading by workers", "plain PIL"),
+                             ("evaluation", "pytorch_fid")):
             if ours in t:
                 print(f"{ours} against {theirs}: {t[theirs] / t[ours]:.2f} x faster")
         for what, value in facts.items():

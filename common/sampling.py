@@ -48,35 +48,33 @@ def reconstruct(vae, pictures: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guidance=5.0, seed=0, size_px=64,
-           batch=64, dtype=None) -> tuple[torch.Tensor, float]:
+           batch=64) -> tuple[torch.Tensor, float]:
     """Draw one picture a caption: ((N, 3, size_px, size_px) uint8 on the CPU, seconds a picture).
 
     Noise comes from one CPU generator seeded with `seed + index of the batch`: the same captions and batch give two
     U-Nets the same initial noise and the same noise on the way, whatever the device. One batch equals
     `StableDiffusionPipeline(..., generator=torch.Generator().manual_seed(seed))`.
-    With a `dtype` other than the weights' everything runs under autocast, the scheduler's arithmetic in float32.
+    Under the caller's autocast every network runs in its precision, the scheduler's arithmetic stays in float32.
     Guidance (Ho & Salimans): eps = eps_empty + guidance (eps_caption - eps_empty).
     """
-    device, weights = next(unet.parameters()).device, next(unet.parameters()).dtype
-    dtype = dtype or weights
+    device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
+    empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).to(dtype)
     side = size_px // teacher.vae_factor
     pictures, began = [], time.perf_counter()
-    with torch.autocast(device.type, dtype, enabled=dtype != weights):
-        empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).to(dtype)
-        for number, i in enumerate(range(0, len(captions), batch)):
-            part = captions[i : i + batch]
-            n = len(part)
-            hidden = encode_captions(teacher.text_encoder, teacher.tokenizer, part).to(dtype)
-            both = torch.cat([empty.expand(n, -1, -1), hidden])
-            scheduler = SAMPLERS[sampler].from_config(teacher.noise_scheduler.config)
-            scheduler.set_timesteps(steps, device=device)
-            generator = torch.Generator().manual_seed(seed + number)
-            latents = torch.randn((n, 4, side, side), generator=generator).to(device) * scheduler.init_noise_sigma
-            for t in scheduler.timesteps:
-                pred = unet(scheduler.scale_model_input(torch.cat([latents] * 2), t).to(dtype), t, both,
-                            return_dict=False)[0].float()
-                pred_empty, pred_caption = pred.chunk(2)
-                pred = pred_empty + guidance * (pred_caption - pred_empty)
-                latents = scheduler.step(pred, t, latents, generator=generator, return_dict=False)[0]
-            pictures.append(decode(teacher.vae, latents).cpu())
+    for number, i in enumerate(range(0, len(captions), batch)):
+        part = captions[i : i + batch]
+        n = len(part)
+        hidden = encode_captions(teacher.text_encoder, teacher.tokenizer, part).to(dtype)
+        both = torch.cat([empty.expand(n, -1, -1), hidden])
+        scheduler = SAMPLERS[sampler].from_config(teacher.noise_scheduler.config)
+        scheduler.set_timesteps(steps, device=device)
+        generator = torch.Generator().manual_seed(seed + number)
+        latents = torch.randn((n, 4, side, side), generator=generator).to(device) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            pred = unet(scheduler.scale_model_input(torch.cat([latents] * 2), t).to(dtype), t, both,
+                        return_dict=False)[0].float()
+            pred_empty, pred_caption = pred.chunk(2)
+            pred = pred_empty + guidance * (pred_caption - pred_empty)
+            latents = scheduler.step(pred, t, latents, generator=generator, return_dict=False)[0]
+        pictures.append(decode(teacher.vae, latents).cpu())
     return torch.cat(pictures), (time.perf_counter() - began) / len(captions)

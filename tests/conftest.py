@@ -29,6 +29,11 @@ def script(path: str):
     return module
 
 
+def lines(out: Path) -> list[dict]:
+    """A run's metrics.jsonl, of which every line must be whole."""
+    return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def mini():
     return draw_mini()

@@ -1,6 +1,5 @@
 """The real world's code on stand-ins of its layout: Inception features and FID, true-size pieces."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, lines, script
 from PIL import Image
 
 stand_in = script("bench/stand_in.py")
@@ -101,9 +100,9 @@ def test_a_run_at_the_true_size(tmp_path):
          "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"TORCH_HOME": str(tmp_path / "stand-in" / "torch")})
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if "loss" in x] == [2] and lines[0]["loss_max"] >= lines[0]["loss"] > 0
-    row = lines[-1]["evaluation"]
+    logged = lines(tmp_path / "run")
+    assert [x["step"] for x in logged if "loss" in x] == [2] and logged[0]["loss_max"] >= logged[0]["loss"] > 0
+    row = logged[-1]["evaluation"]
     assert row["parameters"] == 64_869_348 and {"FID", "KID", "LPIPS"} <= set(row) and np.isfinite(list(row.values())).all()
     with safe_open(tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as student:
         shapes = [student.get_slice(name).get_shape() for name in student.keys()]

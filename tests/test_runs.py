@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, lines, script
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -33,10 +33,6 @@ def command(name, small_set, out, *more):
 
 def run(*arguments):
     return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
-
-
-def lines(out):
-    return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def last_step(out):
