@@ -117,7 +117,8 @@ def measure(script: str, s: Settings) -> dict:
             row["frozen"] = sum(p.nbytes for part in parts for p in part.parameters())
             row["states"], row["training"] = memory.now - row["frozen"], memory.peak
             memory.peak = memory.now
-            with torch.no_grad():  # what an evaluation holds at most: a sampler's step, decoding, Inception-v3
+            # what an evaluation holds at most: the weights beside their average, a sampler's step, decoding, Inception-v3
+            with torch.no_grad(), learner.ema.applied(student):
                 latents, n = torch.randn(v.eval_batch, 4, side, side), 2 * v.eval_batch
                 student.eval()(torch.randn(n, 4, side, side), torch.zeros(n), torch.randn(n, 77, 768))
                 decode(teacher.vae, latents)

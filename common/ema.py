@@ -1,5 +1,7 @@
 """Exponential moving average of a model's weights, on the device where they train."""
 
+import contextlib
+
 import torch
 
 
@@ -13,7 +15,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int):
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in model.parameters()], 1 - decay)
+        weights = [p.detach().float() for p in model.parameters()]  # the average stays fp32 where DeepSpeed keeps bf16
+        torch._foreach_lerp_(self.shadow, weights, 1 - decay)
 
     def state_dict(self) -> dict:
         return {"shadow": self.shadow}
@@ -22,10 +25,14 @@ class EMA:
         for average, saved in zip(self.shadow, state["shadow"], strict=True):
             average.copy_(saved)
 
-    @torch.no_grad()
-    def swap(self, model: torch.nn.Module):
-        """Exchange the model's weights with the average; a second call puts them back."""
-        for p, average in zip(model.parameters(), self.shadow):
-            kept = p.detach().clone()
-            p.copy_(average)
-            average.copy_(kept)
+    @contextlib.contextmanager
+    def applied(self, model: torch.nn.Module):
+        """Within it the model has the average's weights."""
+        with torch.no_grad():
+            kept = [p.detach().clone() for p in model.parameters()]
+            torch._foreach_copy_([p.detach() for p in model.parameters()], self.shadow)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([p.detach() for p in model.parameters()], kept)

@@ -201,9 +201,9 @@ class Learner:
 def evaluate(world: World, learner: Learner, step: int, count: int) -> dict:
     """The scores of the student's EMA on `count` pictures; logs them, writes the sheet of samples and the curves."""
     wanted, _ = world.evaluator.teacher_side(count)
-    learner.ema.swap(learner.student)
-    drawn, row = world.evaluator.student_side(learner.student.eval(), count)
-    learner.ema.swap(learner.student.train())
+    with learner.ema.applied(learner.student):
+        drawn, row = world.evaluator.student_side(learner.student.eval(), count)
+    learner.student.train()
     if world.run.main:
         world.run.log(step=step, evaluation=row)
         world.run.sheet(step, {"teacher": wanted, "student": drawn}, world.evaluator.captions)
@@ -219,9 +219,9 @@ def finish(world: World, learner: Learner, s, title: str):
         if not world.run.main:
             return
         how = f"{row['samples']:,} samples, {s.sample_steps} {s.sampler.upper()} steps, guidance {s.guidance:g}"
-        learner.ema.swap(learner.student)
         folder = world.run.folder / "student"
         card = model_card(f"{title}: {row['parameters'] / 1e6:.2f} M student", s, row, teacher_row, how)
-        save_student(learner.student.eval(), world.teacher, folder, card)
+        with learner.ema.applied(learner.student):
+            save_student(learner.student.eval(), world.teacher, folder, card)
         print(f"\nThe student lies in {folder}, samples and curves beside it. {how}:\n")
         print(table({"teacher": teacher_row, "student": row}))

@@ -86,8 +86,9 @@ def test_ema_against_its_closed_form():
     assert abs(ema.shadow[0].item() - want) < 1e-5
     # with d constant and weights growing by h a step the average lags by h d / (1 - d)
     assert abs(values[-1] - want - (values[1] - values[0]) * decay / (1 - decay)) < 1e-6
-    ema.swap(model)
-    assert abs(model.weight.item() - want) < 1e-5 and abs(ema.shadow[0].item() - values[-1]) < 1e-6
+    with ema.applied(model):
+        assert abs(model.weight.item() - want) < 1e-5
+    assert abs(model.weight.item() - values[-1]) < 1e-6 and abs(ema.shadow[0].item() - want) < 1e-5
 
 
 @pytest.mark.parametrize("sampler, scheduler", [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])

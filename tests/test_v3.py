@@ -128,6 +128,28 @@ def test_accumulated_passes_train_as_one(small_set, one_process, tmp_path):
         assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"], (a, b)
 
 
+def test_deepspeed_trains_as_one(small_set, one_process, tmp_path, monkeypatch):
+    """ZeRO-2, in one process: without a GPU Accelerate starts DeepSpeed in no more."""
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "v3" / "configs" / "deepspeed.yaml"),
+              "--num_processes", "1", "--mixed_precision"]
+    arguments = command(small_set, tmp_path / "zero", "--accumulate", "2")
+    arguments.remove("--cpu")  # with which Accelerate leaves DeepSpeed out
+    done = run(*launch, "no", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(lines(one_process)[:20], lines(tmp_path / "zero")[:20], strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"], (a, b)
+
+
+def test_adamw_in_8_bits_trains_nearly_as_adamw(small_set, one_process, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    done = run(*command(small_set, tmp_path / "eight", "--optimizer", "adamw8bit"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(lines(one_process)[:20], lines(tmp_path / "eight")[:20], strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-2 * a["loss"], (a, b)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to a child process")
 def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, one_process, tmp_path):
     out = tmp_path / "killed"

@@ -185,9 +185,8 @@ def main(s: Settings):
         stage = max(k for k, first in enumerate(starts) if first <= step)
         chain, halve = chains[stage], s.progressive and 2 * s.chains[stage] <= len(alphas_cumprod)
         if s.progressive and step == starts[stage]:
-            learner.ema.swap(student)
-            extra["chain_before"].load_state_dict(student.state_dict())
-            learner.ema.swap(student)
+            with learner.ema.applied(student):
+                extra["chain_before"].load_state_dict(student.state_dict())
 
         latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed, chain=chain)
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)

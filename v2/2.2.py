@@ -99,8 +99,8 @@ def main(s: Settings):
     student, device, noise_scheduler = world.student, world.device, world.teacher.noise_scheduler
     learner = Learner(world, s)
     store = None
-    if s.store:  # the teacher is paid once, here or by an earlier run
-        rates = [linear(s.dropout_start, s.dropout_end, k, s.store) for k in range(s.store)]
+    if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves
+        rates = [s.dropout_start + (s.dropout_end - s.dropout_start) * (k + 0.5) / s.store for k in range(s.store)]
         store = TeacherStore(world.pairs, world.teacher_pred, rates)
         world.run.log(step=0, store_seconds=store.seconds)
 

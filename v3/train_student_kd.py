@@ -12,6 +12,7 @@ nothing but the speed.
 """
 
 import importlib.util
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -128,6 +129,12 @@ class AcceleratedLearner:
                 raise SystemExit("error: --optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
         else:
             Optimizer = torch.optim.AdamW
+        if deepspeed := accelerator.state.deepspeed_plugin:  # it clips and steps inside `backward`, on flat weights
+            model.to(memory_format=torch.contiguous_format)
+            deepspeed.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": s.batch_size // (accelerator.num_processes * s.accumulate),
+                "gradient_accumulation_steps": s.accumulate,
+                "gradient_clipping": s.max_grad_norm}
         optimizer = Optimizer(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
         self.scheduler = one_cycle(optimizer, s)
         self.ema = EMA(self.student, s.ema_decay)
@@ -144,7 +151,7 @@ class AcceleratedLearner:
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            fine = norm is None or bool(torch.isfinite(norm))  # None where DeepSpeed clips
+            fine = norm is None or math.isfinite(norm)
             self.skipped = [self.skipped[0] + (not fine), 0 if fine else self.skipped[1] + 1]
             if fine or self.accelerator.scaler is not None:  # the fp16 scaler skips such a step by itself
                 self.optimizer.step()
@@ -223,8 +230,10 @@ def main(s: Settings):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])  # the others wait for the caches
     except (ImportError, ValueError) as error:
         raise SystemExit(f"error: Accelerate cannot start: {error}") from None
-    check({"V-3 trains with DDP; FSDP and DeepSpeed are not supported (a light student needs no sharding)":
-           accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)})
+    check({"V-3 trains with DDP or DeepSpeed; FSDP and Megatron-LM are not supported":
+           accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.MEGATRON_LM),
+           "with DeepSpeed the zero_stage must be 1 or 2: EMA and evaluation need whole weights in every process":
+               not accelerator.state.deepspeed_plugin or accelerator.state.deepspeed_plugin.zero_stage < 3})
 
     def shard_pairs(teacher):
         from coco_dataset import ShardPairs
@@ -266,7 +275,7 @@ def main(s: Settings):
                 noisy = noise_scheduler.add_noise(latents, noise, timesteps)
                 with world.autocast():
                     teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
-                losses = learner.model(noisy, timesteps, hidden, noise, teacher_pred)
+                    losses = learner.model(noisy, timesteps, hidden, noise, teacher_pred)
                 learner.backward((weights * losses).sum(), step)
                 total += losses.detach() / s.accumulate
         due = (step + 1) % s.log_every == 0 or step + 1 == s.steps
