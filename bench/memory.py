@@ -89,6 +89,8 @@ def measure(script: str, s: Settings) -> dict:
     spec.loader.exec_module(version)
     v = version.Settings()
     v.batch_size, v.tensorboard = s.batch_size or v.batch_size, False
+    if hasattr(v, "store"):
+        v.store = 0  # with it no teacher is in memory, as in V-2.1
     if hasattr(v, "mixed_precision"):
         v.mixed_precision, v.cpu = "bf16", True
     memory, row, device = Memory(), {}, torch.device("cpu")

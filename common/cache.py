@@ -278,7 +278,8 @@ class TeacherStore:
     def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float]):
         """`predict(noisy, timesteps, hidden)` is the teacher's pass, called for what is not in the cache yet."""
         if pairs.folder is None:
-            raise SystemExit("error: the store of the teacher's predictions needs the cache: leave out --no-cache")
+            raise SystemExit("error: the store of the teacher's predictions needs the cache: leave out --no-cache, or "
+                             "take fresh draws with --store 0")
         self.pairs, self.dropouts, self.stored = pairs, dropouts, []
         self.seconds = 0.0  # that it took to make, now or in an earlier run
         teacher_key = fingerprint(pairs.teacher.unet)
@@ -317,7 +318,9 @@ class TeacherStore:
         """Which draw a step takes: draw k serves the k-th part of the training."""
         return step * len(self.stored) // steps
 
-    def draw(self, step: int, steps: int, batch_size: int, seed: int) -> tuple[Batch, torch.Tensor]:
-        """The batch of one step and the teacher's prediction (B, 4, h, w)."""
-        k, indices = self.serving(step, steps), self.pairs.indices(step, batch_size, seed)
+    def draw(self, step: int, steps: int, batch_size: int, seed: int, *, part: int = 0,
+             parts: int = 1) -> tuple[Batch, torch.Tensor]:
+        """The batch of one step, or share `part` of `parts` of it, and the teacher's prediction (B, 4, h, w)."""
+        share = batch_size // parts
+        k, indices = self.serving(step, steps), self.pairs.indices(step, batch_size, seed)[part * share : (part + 1) * share]
         return self.fixed(k, indices), torch.from_numpy(self.stored[k][indices]).float().to(self.pairs.device)

@@ -118,6 +118,13 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
     return World(teacher, student, pairs, evaluator, run, device, dtype)
 
 
+def let_teacher_go(world: World, s):
+    """Free the teacher's U-Net, once the evaluations have what they compare with, from the cache or made now."""
+    for count in sorted({s.eval_samples, s.final_samples} if s.eval_every else {s.final_samples}):
+        world.evaluator.teacher_side(count)
+    world.teacher.unet = None
+
+
 def one_cycle(optimizer, s) -> torch.optim.lr_scheduler.OneCycleLR:
     """Up to `s.lr` in the warm-up, at least one step, and down again on a cosine, for at least half a step."""
     warmup = min(max(s.warmup, 2 / s.steps), 1 - 0.5 / s.steps)

@@ -1,5 +1,6 @@
 """Loading a teacher by hub id, against a server on loopback that serves the embedded teacher as a hub repository."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -130,3 +131,78 @@ def test_a_full_disk_is_one_clear_line_and_the_download_goes_on_after(hub, small
     grow()
     done = load("somebody/mini", environment, disk)
     assert done.returncode == 0 and "loaded 13038884" in done.stdout, done.stderr[-1500:]
+
+
+def test_v3_uploads_its_student(small_set, tmp_path):
+    """Against a server that speaks the hub's upload protocol: the commit and the large files are the saved folder."""
+    pytest.importorskip("tensorboard", reason="pip install -r v3/requirements.txt")
+    stored, tokens = {}, set()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            here = f"http://127.0.0.1:{self.server.server_port}"
+            if self.command == "PUT":
+                stored[self.path] = body
+                answer = {}
+            else:
+                tokens.add(self.headers.get("Authorization"))
+                answer = {"name": "somebody/student", "url": f"{here}/somebody/student", "warnings": [], "errors": []}
+            if "/preupload/" in self.path:
+                answer = {"files": [{"path": f["path"], "shouldIgnore": False, "oid": None, "uploadMode":
+                                     "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                                    for f in json.loads(body)["files"]]}
+            elif self.path.endswith("/objects/batch"):
+                answer = {"transfer": "basic", "objects": [
+                    {**o, "actions": {"upload": {"href": f"{here}/large/{o['oid']}"}}} for o in json.loads(body)["objects"]]}
+            elif "/commit/" in self.path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        stored[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "lfsFile":
+                        stored[line["value"]["path"]] = stored.pop(f"/large/{line['value']['oid']}")
+                answer = {"commitUrl": f"{here}/somebody/student/commit/{COMMIT}", "commitOid": COMMIT}
+            self.answer(answer)
+
+        do_PUT = do_POST
+
+        def do_GET(self):
+            self.answer({"id": "somebody/student", "sha": COMMIT, "siblings": []})
+
+        do_HEAD = do_GET
+
+        def answer(self, content):
+            body = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+                   "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+                   "no_proxy": "127.0.0.1"}
+    arguments = [sys.executable, "v3/train_student_kd.py", "--teacher", str(FOLDER), "--data", str(small_set), "--train-split",
+                 "train", "--val-split", "val", "--resolution", "32", "--channels", "32,48,64", "--groups", "4", "--steps", "2",
+                 "--batch-size", "2", "--features", "effnet-lite0", "--eval-every", "0", "--final-samples", "4",
+                 "--sample-steps", "2", "--no-cache", "--push-to-hub", "somebody/student", "--out"]
+    done = subprocess.run([*arguments, str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    student = tmp_path / "run" / "student"
+    assert stored == {f.relative_to(student).as_posix(): f.read_bytes() for f in student.rglob("*") if f.is_file()}
+    assert tokens == {"Bearer hf_x"} and b"base_model" in stored["README.md"]
+    server.shutdown()
+    # a hub that cannot be reached ends the run before the training
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = subprocess.run([*arguments, str(tmp_path / "x")], capture_output=True, text=True, cwd=ROOT, env=environment)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: --push-to-hub somebody/student failed"), done.stderr[-2000:]
+    assert not (tmp_path / "x").exists()

@@ -128,6 +128,20 @@ def test_accumulated_passes_train_as_one(small_set, one_process, tmp_path):
         assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"], (a, b)
 
 
+def test_the_teacher_store_serves_v3(small_set, tmp_path):
+    own = ["--store", "2", "--feature-weight", "0", "--cache-folder", str(tmp_path / "cache")]
+    logs = []
+    for name, more in (("one", []), ("accumulated", ["--accumulate", "2"])):
+        done = run(*command(small_set, tmp_path / name, *own, *more))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert ("caching teacher" in done.stderr) == (name == "one")
+        logs.append(lines(tmp_path / name))
+    for a, b in zip(*logs, strict=True):
+        if "loss" in a:
+            assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"] and a["feature_loss"] == 0, (a, b)
+    assert len(list((tmp_path / "cache").glob("pairs-*/teacher-*.npy"))) == 2
+
+
 def test_deepspeed_trains_as_one(small_set, one_process, tmp_path, monkeypatch):
     """ZeRO-2, in one process: without a GPU Accelerate starts DeepSpeed in no more."""
     pytest.importorskip("deepspeed", reason="pip install deepspeed")
@@ -169,7 +183,7 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, one_proces
 @pytest.mark.parametrize("arguments, message", [
     (["--size", "sd_huge"], "--size"), (["--batch-size", "7", "--accumulate", "2"], "multiple"),
     (["--channels", "32,48"], "3 widths"), (["--shards", "nowhere"], "v3/data.py"),
-    (["--feature-blocks", "mid_block"], "mid_block"),
+    (["--feature-blocks", "mid_block"], "mid_block"), (["--store", "1"], "--feature-weight 0"),
 ])
 def test_a_users_mistake_is_one_clear_line(small_set, tmp_path, arguments, message):
     done = run(*command(small_set, tmp_path / "x", *arguments))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch.nn.functional as F
 
 from common.settings import parse
-from common.training import Learner, evaluate, finish, prepare
+from common.training import Learner, evaluate, finish, let_teacher_go, prepare
 
 
 @dataclass
@@ -81,9 +81,7 @@ def main(s: Settings):
     world = prepare(s, {"--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1})
     student, noise_scheduler = world.student, world.teacher.noise_scheduler
     learner = Learner(world, s)
-    for count in {s.eval_samples, s.final_samples} if s.eval_every else {s.final_samples}:
-        world.evaluator.teacher_side(count)  # what the evaluations compare with, from the cache or made now
-    world.teacher.unet = None
+    let_teacher_go(world, s)
 
     for step in world.run.steps(learner, s, "V-2.1", lambda step, count: evaluate(world, learner, step, count)):
         latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed)

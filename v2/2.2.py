@@ -7,7 +7,7 @@ The student starts as a slice of the teacher. Its loss on a noisy latent x_t = s
     alpha MSE(student(x_t), teacher(x_t)) + (1 - alpha) MSE(student(x_t), noise),
 alpha falling linearly from 1 to 0.5 over training, while captions are dropped more and more often, which teaches the
 unconditional half of classifier-free guidance. Latents and caption embeddings are computed once, before training, and
-with `--store K` so are the teacher's predictions, for K fixed draws of every picture: then no teacher runs in training.
+so are the teacher's predictions, for `--store` K fixed draws of every picture: no teacher runs in training.
 """
 
 import sys
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from common.cache import TeacherStore
 from common.settings import parse
-from common.training import Learner, evaluate, finish, prepare
+from common.training import Learner, evaluate, finish, let_teacher_go, prepare
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Settings:
     alpha_end: float = 0.5  # and at the last one, linear in between
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
     dropout_end: float = 0.2  # and at the last one, linear in between
-    store: int = 0  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
+    store: int = 4  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved
     # evaluation
     features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
@@ -79,7 +79,7 @@ class Settings:
 
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v2.2-mini", channels=(32, 48, 48), layers=1, groups=4, steps=2_000, store=2, lr=4e-3, ema_decay=0.99,
+    out="checkpoints/v2.2-mini", channels=(32, 48, 48), layers=1, groups=4, steps=2_000, store=1, lr=4e-3, ema_decay=0.99,
     features="effnet-lite0", guidance=3.0, eval_every=1_000, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     workers=0, save_every=250,
 )
@@ -102,7 +102,9 @@ def main(s: Settings):
     if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves
         rates = [s.dropout_start + (s.dropout_end - s.dropout_start) * (k + 0.5) / s.store for k in range(s.store)]
         store = TeacherStore(world.pairs, world.teacher_pred, rates)
-        world.run.log(step=0, store_seconds=store.seconds)
+        if not world.run.begun:
+            world.run.log(step=0, store_seconds=store.seconds)
+        let_teacher_go(world, s)
 
     for step in world.run.steps(learner, s, "V-2.2", lambda step, count: evaluate(world, learner, step, count)):
         alpha = linear(s.alpha_start, s.alpha_end, step, s.steps)

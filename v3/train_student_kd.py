@@ -11,6 +11,7 @@ Step i draws its global batch from (seed, i), and each process takes its share o
 nothing but the speed.
 """
 
+import contextlib
 import importlib.util
 import math
 import shutil
@@ -26,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
+from huggingface_hub import HfApi
 from prepare_unet_small import SIZES, pruned_config
 
+from common.cache import TeacherStore
 from common.ema import EMA
 from common.features import FeatureMatching, match_features
 from common.settings import check, parse
-from common.training import evaluate, finish, one_cycle, prepare
+from common.training import evaluate, finish, let_teacher_go, one_cycle, prepare
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Settings:
     task_weight: float = 1.0  # of the error against the noise
     kd_weight: float = 1.0  # of the error against the teacher's prediction
     feature_weight: float = 0.1  # of the blocks' outputs; 0: none
+    store: int = 0  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
     feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "up_blocks.2")
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
@@ -213,6 +217,15 @@ class AcceleratedLearner:
         return 0
 
 
+@contextlib.contextmanager
+def a_hub_error_is_one_line(repository: str, comfort: str = ""):
+    try:
+        yield
+    except Exception as error:  # what the client raises changes with the library that it speaks HTTP through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise SystemExit(f"error: --push-to-hub {repository} failed ({reason}){comfort}") from None
+
+
 def main(s: Settings):
     check({f"--size must be one of {', '.join(SIZES)}": s.size in SIZES,
            "--mixed-precision must be no, fp16 or bf16": s.mixed_precision in ("", "no", "fp16", "bf16"),
@@ -221,7 +234,10 @@ def main(s: Settings):
                not s.tensorboard or importlib.util.find_spec("tensorboard") is not None,
            "--shards needs webdataset: pip install -r v3/requirements.txt":
                not s.shards or importlib.util.find_spec("webdataset") is not None,
-           "--keep and --accumulate must be at least 1": min(s.keep, s.accumulate) >= 1})
+           "--keep and --accumulate must be at least 1": min(s.keep, s.accumulate) >= 1,
+           "--store must not be negative": s.store >= 0,
+           "--store holds no features and no shards; it needs --feature-weight 0 and --data":
+               not s.store or not (s.feature_weight or s.shards)})
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=s.accumulate, mixed_precision=s.mixed_precision or None, cpu=s.cpu,
@@ -241,6 +257,9 @@ def main(s: Settings):
         return ShardPairs(s.shards, teacher, size_px=s.resolution, seed=s.seed, rank=accelerator.process_index,
                           processes=accelerator.num_processes, workers=s.workers, device=accelerator.device, flip=s.flip)
 
+    if s.push_to_hub and accelerator.is_main_process:  # a missing login shows now, not after the training
+        with a_hub_error_is_one_line(s.push_to_hub):
+            HfApi().create_repo(s.push_to_hub, exist_ok=True)
     shares = accelerator.num_processes * s.accumulate
     set_seed(s.seed)
     world = prepare(s, {
@@ -258,6 +277,10 @@ def main(s: Settings):
     learner = AcceleratedLearner(accelerator, Distillation(world.student, matching), world, s)
     if s.tensorboard:
         accelerator.init_trackers("tensorboard")
+    store = None
+    if s.store:
+        store = TeacherStore(world.pairs, world.teacher_pred, [s.caption_dropout] * s.store)
+        let_teacher_go(world, s)
     weights = torch.tensor([s.task_weight, s.kd_weight, s.feature_weight], device=accelerator.device)
 
     def small_evaluation(step: int, count: int) -> dict:
@@ -269,12 +292,17 @@ def main(s: Settings):
         total, lr = torch.zeros(3, device=accelerator.device), learner.lr
         for share in range(s.accumulate):
             with accelerator.accumulate(learner.model):
-                latents, hidden, noise, timesteps = world.pairs.draw(
-                    step, s.batch_size, s.caption_dropout, s.seed, parts=shares,
-                    part=accelerator.process_index * s.accumulate + share)
+                part = accelerator.process_index * s.accumulate + share
+                if store:
+                    (latents, hidden, noise, timesteps), teacher_pred = store.draw(
+                        step, s.steps, s.batch_size, s.seed, part=part, parts=shares)
+                else:
+                    latents, hidden, noise, timesteps = world.pairs.draw(
+                        step, s.batch_size, s.caption_dropout, s.seed, part=part, parts=shares)
                 noisy = noise_scheduler.add_noise(latents, noise, timesteps)
                 with world.autocast():
-                    teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
+                    if not store:
+                        teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
                     losses = learner.model(noisy, timesteps, hidden, noise, teacher_pred)
                 learner.backward((weights * losses).sum(), step)
                 total += losses.detach() / s.accumulate
@@ -289,15 +317,8 @@ def main(s: Settings):
     finish(world, learner, s, "V-3")
     accelerator.end_training()
     if s.push_to_hub and accelerator.is_main_process:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            HfApi().create_repo(s.push_to_hub, exist_ok=True)
+        with a_hub_error_is_one_line(s.push_to_hub, "; the student itself is saved"):
             HfApi().upload_folder(repo_id=s.push_to_hub, folder_path=world.run.folder / "student")
-        except (HfHubHTTPError, OSError) as error:
-            raise SystemExit(f"error: the upload to {s.push_to_hub} failed ({str(error).splitlines()[0][:200]}); the student "
-                             "itself is saved") from None
 
 
 if __name__ == "__main__":
