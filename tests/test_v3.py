@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,18 +143,27 @@ def test_the_teacher_store_serves_v3(small_set, tmp_path):
     assert len(list((tmp_path / "cache").glob("pairs-*/teacher-*.npy"))) == 2
 
 
-def test_deepspeed_trains_as_one(small_set, one_process, tmp_path, monkeypatch):
-    """ZeRO-2, in one process: without a GPU Accelerate starts DeepSpeed in no more."""
-    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_two_processes_that_share_the_states_train_as_one(small_set, one_process, tmp_path, monkeypatch, kind):
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed", reason="pip install deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "v3" / "configs" / "deepspeed.yaml"),
-              "--num_processes", "1", "--mixed_precision"]
-    arguments = command(small_set, tmp_path / "zero", "--accumulate", "2")
-    arguments.remove("--cpu")  # with which Accelerate leaves DeepSpeed out
-    done = run(*launch, "no", *arguments)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "v3" / "configs" / f"{kind}.yaml"),
+              "--mixed_precision", "no", str(ROOT / "tests" / "sharded.py")]
+    arguments = command(small_set, tmp_path / "two")
+    arguments.remove("--cpu")  # with which Accelerate leaves sharding out
+    done = run(*launch, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(lines(one_process)[:20], lines(tmp_path / "zero")[:20], strict=True):
+    for a, b in zip(lines(one_process)[:20], lines(tmp_path / "two")[:20], strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"], (a, b)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-00000020")
+    weights = tmp_path / "two" / "student" / "unet" / "diffusion_pytorch_model.safetensors"
+    want = load_file(weights)
+    weights.unlink()
+    done = run(*launch, *arguments, "--resume")
+    assert done.returncode == 0 and "going on at step 15" in done.stdout, done.stderr[-2000:]
+    found = load_file(weights)
+    assert all(torch.equal(want[k], found[k]) for k in want)
 
 
 def test_adamw_in_8_bits_trains_nearly_as_adamw(small_set, one_process, tmp_path):

@@ -12,6 +12,7 @@ nothing but the speed.
 """
 
 import contextlib
+import copy
 import importlib.util
 import math
 import shutil
@@ -125,7 +126,9 @@ class AcceleratedLearner:
 
     def __init__(self, accelerator: Accelerator, model: Distillation, world, s: Settings):
         self.accelerator, self.student, self.batch_size, self.keep = accelerator, model.student, s.batch_size, s.keep
-        self.max_grad_norm = s.max_grad_norm
+        self.max_grad_norm, self.sharded = s.max_grad_norm, None
+        if accelerator.distributed_type == DistributedType.FSDP:  # average, evaluations and saving take whole weights
+            self.sharded, self.student = model.student, copy.deepcopy(model.student).requires_grad_(False)
         if s.optimizer == "adamw8bit":
             try:
                 from bitsandbytes.optim import AdamW8bit as Optimizer
@@ -133,8 +136,9 @@ class AcceleratedLearner:
                 raise SystemExit("error: --optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
         else:
             Optimizer = torch.optim.AdamW
-        if deepspeed := accelerator.state.deepspeed_plugin:  # it clips and steps inside `backward`, on flat weights
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # they cut flat weights
             model.to(memory_format=torch.contiguous_format)
+        if deepspeed := accelerator.state.deepspeed_plugin:  # it clips and steps inside `backward`
             deepspeed.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": s.batch_size // (accelerator.num_processes * s.accumulate),
                 "gradient_accumulation_steps": s.accumulate,
@@ -150,16 +154,24 @@ class AcceleratedLearner:
     def lr(self) -> float:
         return self.scheduler.get_last_lr()[0]
 
+    @torch.no_grad()
+    def gather_weights(self):
+        """Where FSDP shards the weights: bring the whole student up to date."""
+        if self.sharded is not None:
+            for whole, share in zip(self.student.parameters(), self.sharded.parameters()):
+                whole.copy_(share.full_tensor())
+
     def backward(self, loss: torch.Tensor, step: int):
         """Add the gradients of one pass; after the last one of a batch, step. Accelerate averages over the passes."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            fine = norm is None or math.isfinite(norm)
+            fine = norm is None or math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             self.skipped = [self.skipped[0] + (not fine), 0 if fine else self.skipped[1] + 1]
             if fine or self.accelerator.scaler is not None:  # the fp16 scaler skips such a step by itself
                 self.optimizer.step()
             self.scheduler.step()
+            self.gather_weights()
             self.ema.update(self.student, step)
             self.optimizer.zero_grad()
 
@@ -210,6 +222,7 @@ class AcceleratedLearner:
                 self.accelerator.print(f"{path.name} is broken ({type(error).__name__}); trying the one before it")
                 found = True
                 continue
+            self.gather_weights()
             step = int(path.name.split("-")[1])
             self.accelerator.print(f"going on at step {step:,}")
             return step
@@ -246,10 +259,11 @@ def main(s: Settings):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])  # the others wait for the caches
     except (ImportError, ValueError) as error:
         raise SystemExit(f"error: Accelerate cannot start: {error}") from None
-    check({"V-3 trains with DDP or DeepSpeed; FSDP and Megatron-LM are not supported":
-           accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.MEGATRON_LM),
-           "with DeepSpeed the zero_stage must be 1 or 2: EMA and evaluation need whole weights in every process":
-               not accelerator.state.deepspeed_plugin or accelerator.state.deepspeed_plugin.zero_stage < 3})
+    deepspeed, fsdp = accelerator.state.deepspeed_plugin, getattr(accelerator.state, "fsdp_plugin", None)
+    check({"with DeepSpeed the zero_stage must be 1 or 2 (v3/configs/deepspeed.yaml)":
+               not deepspeed or deepspeed.zero_stage < 3,
+           "with FSDP the fsdp_version must be 2 (v3/configs/fsdp.yaml)": not fsdp or fsdp.fsdp_version == 2,
+           "Megatron-LM is not supported": accelerator.distributed_type != DistributedType.MEGATRON_LM})
 
     def shard_pairs(teacher):
         from coco_dataset import ShardPairs
