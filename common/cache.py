@@ -293,7 +293,7 @@ class TeacherStore:
                     noisy = pairs.teacher.noise_scheduler.add_noise(latents, noise, timesteps)
                     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                         prediction = predict(noisy, timesteps, hidden)
-                    yield indices.tolist(), int(indices[-1]) + 1, prediction.cpu().numpy()
+                    yield indices.tolist(), int(indices[-1]) + 1, prediction.float().cpu().numpy()
 
             name = f"teacher-{teacher_key}-{k}-{dropout:.4f}{'-flip' * pairs.flip}{'-bf16' * bf16}"
             array, made = filled(pairs.folder, name, (len(pairs), *pairs.latents[0].shape[1:]), produce, "img")
