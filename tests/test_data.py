@@ -235,7 +235,7 @@ def test_the_store_holds_the_teachers_predictions_and_is_paid_once(small_set, te
         noisy = teacher.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         want = predict(noisy, batch.timesteps, batch.hidden)
         if bf16:
-            assert 1e-4 < (prediction - want).norm() / want.norm() < 0.01
+            assert 1e-4 < (prediction - want).norm() / want.norm() < 0.02
         else:
             torch.testing.assert_close(prediction, want, atol=5e-3, rtol=2e-3)
     noise = torch.cat([store.fixed(0, np.array([i])).noise for i in range(48)])
