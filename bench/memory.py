@@ -35,7 +35,7 @@ from common.settings import check, parse
 from common.teacher import Teacher, student_config
 from common.training import World
 
-SCRIPTS = {"V-1": "v1/1.py", "V-2.1": "v2/2.1.py", "V-2.2": "v2/2.2.py", "V-3": "v3/train_student_kd.py"}
+SCRIPTS = {"V-1": "v1/1.py", "V-2.1": "v2/2.1.py", "V-2.2, --store 0": "v2/2.2.py", "V-3": "v3/train_student_kd.py"}
 
 
 @dataclass
@@ -90,7 +90,7 @@ def measure(script: str, s: Settings) -> dict:
     v = version.Settings()
     v.batch_size, v.tensorboard = s.batch_size or v.batch_size, False
     if hasattr(v, "store"):
-        v.store = 0  # with it no teacher is in memory, as in V-2.1
+        v.store = 0  # with one no teacher is in memory, as in V-2.1
     if hasattr(v, "mixed_precision"):
         v.mixed_precision, v.cpu = "bf16", True
     memory, row, device = Memory(), {}, torch.device("cpu")
