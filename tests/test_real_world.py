@@ -101,7 +101,8 @@ def test_a_run_at_the_true_size(tmp_path):
         env=os.environ | {"TORCH_HOME": str(tmp_path / "stand-in" / "torch")})
     assert done.returncode == 0, done.stderr[-2000:]
     logged = lines(tmp_path / "run")
-    assert [x["step"] for x in logged if "loss" in x] == [2] and logged[0]["loss_max"] >= logged[0]["loss"] > 0
+    (train,) = [x for x in logged if "loss" in x]
+    assert train["step"] == 2 and train["loss_max"] >= train["loss"] > 0 and logged[0]["store_seconds"] > 0
     row = logged[-1]["evaluation"]
     assert row["parameters"] == 64_869_348 and {"FID", "KID", "LPIPS"} <= set(row) and np.isfinite(list(row.values())).all()
     with safe_open(tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as student:
