@@ -277,9 +277,6 @@ class TeacherStore:
 
     def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float]):
         """`predict(noisy, timesteps, hidden)` is the teacher's pass, called for what is not in the cache yet."""
-        if pairs.folder is None:
-            raise SystemExit("error: the store of the teacher's predictions needs the cache: leave out --no-cache, or "
-                             "take fresh draws with --store 0")
         self.pairs, self.dropouts, self.stored = pairs, dropouts, []
         self.seconds = 0.0  # that it took to make, now or in an earlier run
         teacher_key = fingerprint(pairs.teacher.unet)

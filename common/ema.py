@@ -15,8 +15,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int):
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [p.detach().float() for p in model.parameters()]  # the average stays fp32 where DeepSpeed keeps bf16
-        torch._foreach_lerp_(self.shadow, weights, 1 - decay)
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in model.parameters()], 1 - decay)
 
     def state_dict(self) -> dict:
         return {"shadow": self.shadow}
@@ -28,11 +27,10 @@ class EMA:
     @contextlib.contextmanager
     def applied(self, model: torch.nn.Module):
         """Within it the model has the average's weights."""
-        with torch.no_grad():
-            kept = [p.detach().clone() for p in model.parameters()]
-            torch._foreach_copy_([p.detach() for p in model.parameters()], self.shadow)
+        weights = [p.detach() for p in model.parameters()]
+        kept = [w.clone() for w in weights]
+        torch._foreach_copy_(weights, self.shadow)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_([p.detach() for p in model.parameters()], kept)
+            torch._foreach_copy_(weights, kept)

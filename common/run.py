@@ -143,7 +143,7 @@ class Run:
                             learner.save(self.folder, done)
                             raise SystemExit(
                                 f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are "
-                                "saved. Try again in another folder with a lower --lr, or --dtype bf16 or fp32")
+                                "saved. Try again in another folder with a lower --lr, or in bf16 or fp32")
                     else:
                         spent += time.perf_counter() - began
                     signal_number = learner.agree(signals[0] if signals else 0, done)

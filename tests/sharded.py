@@ -11,6 +11,7 @@ import torch
 from accelerate.state import DistributedType, PartialState
 
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_XPU)
+torch._C._get_accelerator = lambda: torch.device("cpu")  # where FSDP lays its mesh
 PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))

@@ -53,7 +53,7 @@ class Settings:
     weight_decay: float = 0.01  # AdamW's
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-    ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved
+    ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # the progressive schedule
     chains: tuple[int, ...] = (1000, 250, 125, 50, 25)  # steps of the DDPM chain in each stage, over the whole noise range
     stage_percent: tuple[int, ...] = (60, 10, 10, 10, 10)  # share of the training steps that each stage takes

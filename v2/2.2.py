@@ -5,9 +5,10 @@
 
 The student starts as a slice of the teacher. Its loss on a noisy latent x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise is
     alpha MSE(student(x_t), teacher(x_t)) + (1 - alpha) MSE(student(x_t), noise),
-alpha falling linearly from 1 to 0.5 over training, while captions are dropped more and more often, which teaches the
-unconditional half of classifier-free guidance. Latents and caption embeddings are computed once, before training, and
-so are the teacher's predictions, for `--store` K fixed draws of every picture: no teacher runs in training.
+alpha falling linearly from 1 to 0.5 over training, while captions are dropped more and more often (with a store of K
+draws, in K steps), which teaches the unconditional half of classifier-free guidance. Latents and caption embeddings are
+computed once, before training, and so are the teacher's predictions, for `--store` K fixed draws of every picture: no
+teacher runs in training.
 """
 
 import sys
@@ -51,9 +52,9 @@ class Settings:
     alpha_start: float = 1.0  # weight of the KD term at the first step
     alpha_end: float = 0.5  # and at the last one, linear in between
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
-    dropout_end: float = 0.2  # and at the last one, linear in between
+    dropout_end: float = 0.2  # and at the last one, linear in between (with a store in as many steps as it has draws)
     store: int = 4  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
-    ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved
+    ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
     features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
     sampler: str = "ddpm"  # ddpm or ddim
@@ -66,7 +67,7 @@ class Settings:
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: str = "auto"  # of autocast: auto, fp32, fp16 or bf16
-    cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
+    cache: bool = True  # keep latents and caption embeddings; --no-cache --store 0 encodes them at every step
     cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
     workers: int = 2  # processes that decode pictures for the cache; 0: this one
@@ -93,6 +94,7 @@ def linear(start: float, end: float, step: int, steps: int) -> float:
 def main(s: Settings):
     world = prepare(s, {
         "--store must not be negative": s.store >= 0,
+        "--store needs the cache: leave out --no-cache, or take fresh draws with --store 0": s.cache or not s.store,
         "--alpha-start and --alpha-end must lie in 0..1": all(0 <= a <= 1 for a in (s.alpha_start, s.alpha_end)),
         "--dropout-start and --dropout-end must lie in 0..1": all(0 <= d <= 1 for d in (s.dropout_start, s.dropout_end)),
     })

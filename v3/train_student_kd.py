@@ -67,7 +67,7 @@ class Settings:
     task_weight: float = 1.0  # of the error against the noise
     kd_weight: float = 1.0  # of the error against the teacher's prediction
     feature_weight: float = 0.1  # of the blocks' outputs; 0: none
-    store: int = 0  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
+    store: int = 0  # draws of each picture whose teacher predictions are cached (with --feature-weight 0); 0: fresh draws
     feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "up_blocks.2")
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
@@ -116,7 +116,8 @@ class Distillation(torch.nn.Module):
 
     def forward(self, noisy, timesteps, hidden, noise, teacher_pred) -> torch.Tensor:
         """(3,) task, KD and feature loss. The teacher's pass comes before: its hooks have caught its features."""
-        noise_pred = self.student(noisy, timesteps, hidden, return_dict=False)[0].float()
+        dtype = self.student.dtype  # DeepSpeed's weights are in bf16 or fp16, and it switches autocast off
+        noise_pred = self.student(noisy.to(dtype), timesteps, hidden.to(dtype), return_dict=False)[0].float()
         feature_loss = self.matching() if self.matching else noise_pred.new_zeros(())
         return torch.stack([F.mse_loss(noise_pred, noise), F.mse_loss(noise_pred, teacher_pred), feature_loss])
 
@@ -127,8 +128,12 @@ class AcceleratedLearner:
     def __init__(self, accelerator: Accelerator, model: Distillation, world, s: Settings):
         self.accelerator, self.student, self.batch_size, self.keep = accelerator, model.student, s.batch_size, s.keep
         self.max_grad_norm, self.sharded = s.max_grad_norm, None
-        if accelerator.distributed_type == DistributedType.FSDP:  # average, evaluations and saving take whole weights
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            # the average, the evaluations and the saved student take whole weights in fp32
             self.sharded, self.student = model.student, copy.deepcopy(model.student).requires_grad_(False)
+            model.to(memory_format=torch.contiguous_format)  # as both demand
+        if accelerator.distributed_type == DistributedType.FSDP:
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast lowers the precision, as elsewhere
         if s.optimizer == "adamw8bit":
             try:
                 from bitsandbytes.optim import AdamW8bit as Optimizer
@@ -136,8 +141,6 @@ class AcceleratedLearner:
                 raise SystemExit("error: --optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
         else:
             Optimizer = torch.optim.AdamW
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # they cut flat weights
-            model.to(memory_format=torch.contiguous_format)
         if deepspeed := accelerator.state.deepspeed_plugin:  # it clips and steps inside `backward`
             deepspeed.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": s.batch_size // (accelerator.num_processes * s.accumulate),
@@ -156,10 +159,10 @@ class AcceleratedLearner:
 
     @torch.no_grad()
     def gather_weights(self):
-        """Where FSDP shards the weights: bring the whole student up to date."""
+        """Where FSDP or DeepSpeed trains other tensors than the whole student's: bring that up to date."""
         if self.sharded is not None:
             for whole, share in zip(self.student.parameters(), self.sharded.parameters()):
-                whole.copy_(share.full_tensor())
+                whole.copy_(share.full_tensor() if hasattr(share, "full_tensor") else share)
 
     def backward(self, loss: torch.Tensor, step: int):
         """Add the gradients of one pass; after the last one of a batch, step. Accelerate averages over the passes."""
@@ -219,14 +222,16 @@ class AcceleratedLearner:
             try:
                 self.accelerator.load_state(str(path))
             except Exception as error:  # whatever a damaged file makes the loaders raise
-                self.accelerator.print(f"{path.name} is broken ({type(error).__name__}); trying the one before it")
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                self.accelerator.print(f"{path.name} cannot be loaded ({reason}); trying the one before it")
                 found = True
                 continue
             self.gather_weights()
             step = int(path.name.split("-")[1])
             self.accelerator.print(f"going on at step {step:,}")
             return step
-        check({f"no checkpoint in {folder} is whole; begin anew in another --out": not found})
+        check({f"no checkpoint in {folder} can be loaded; resume with as many processes, of the same kind, as wrote it, or "
+               "begin anew in another --out": not found})
         return 0
 
 
@@ -249,6 +254,7 @@ def main(s: Settings):
                not s.shards or importlib.util.find_spec("webdataset") is not None,
            "--keep and --accumulate must be at least 1": min(s.keep, s.accumulate) >= 1,
            "--store must not be negative": s.store >= 0,
+           "--store needs the cache: leave out --no-cache": s.cache or not s.store,
            "--store holds no features and no shards; it needs --feature-weight 0 and --data":
                not s.store or not (s.feature_weight or s.shards)})
     try:
@@ -261,7 +267,10 @@ def main(s: Settings):
         raise SystemExit(f"error: Accelerate cannot start: {error}") from None
     deepspeed, fsdp = accelerator.state.deepspeed_plugin, getattr(accelerator.state, "fsdp_plugin", None)
     check({"with DeepSpeed the zero_stage must be 1 or 2 (v3/configs/deepspeed.yaml)":
-               not deepspeed or deepspeed.zero_stage < 3,
+               not deepspeed or deepspeed.zero_stage in (1, 2),
+           "with DeepSpeed nothing may be offloaded (v3/configs/deepspeed.yaml)": not deepspeed or all(
+               device in (None, "none") for device in (deepspeed.offload_optimizer_device, deepspeed.offload_param_device)),
+           "--optimizer adamw8bit does not work with FSDP": not fsdp or s.optimizer == "adamw",
            "with FSDP the fsdp_version must be 2 (v3/configs/fsdp.yaml)": not fsdp or fsdp.fsdp_version == 2,
            "Megatron-LM is not supported": accelerator.distributed_type != DistributedType.MEGATRON_LM})
 
@@ -273,7 +282,7 @@ def main(s: Settings):
 
     if s.push_to_hub and accelerator.is_main_process:  # a missing login shows now, not after the training
         with a_hub_error_is_one_line(s.push_to_hub):
-            HfApi().create_repo(s.push_to_hub, exist_ok=True)
+            HfApi().whoami()
     shares = accelerator.num_processes * s.accumulate
     set_seed(s.seed)
     world = prepare(s, {
@@ -332,6 +341,7 @@ def main(s: Settings):
     accelerator.end_training()
     if s.push_to_hub and accelerator.is_main_process:
         with a_hub_error_is_one_line(s.push_to_hub, "; the student itself is saved"):
+            HfApi().create_repo(s.push_to_hub, exist_ok=True)
             HfApi().upload_folder(repo_id=s.push_to_hub, folder_path=world.run.folder / "student")
 
 
