@@ -56,3 +56,8 @@ def check(conditions: dict[str, bool]):
     for requirement, holds in conditions.items():
         if not holds:
             raise SystemExit(f"error: {requirement}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a line of ours; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

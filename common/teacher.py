@@ -10,6 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.cache import full_disk_is_one_line
+from common.settings import first_line
 
 
 @dataclass
@@ -38,9 +39,8 @@ def _load(kind, name: str, subfolder: str, **options):
         with full_disk_is_one_line(Path(HF_HUB_CACHE), "the download goes on where it stopped"):
             return kind.from_pretrained(name, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SystemExit(
-            f"error: the teacher {name} could not be loaded ({reason[:200]}). Give --teacher a folder or a hub id that "
+            f"error: the teacher {name} could not be loaded ({first_line(error)}). Give --teacher a folder or a hub id that "
             "this machine reaches, or run the embedded world with --mini"
         ) from None
 

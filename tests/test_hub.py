@@ -20,6 +20,13 @@ PROGRAM = ("import sys; sys.path.insert(0, '.')\nimport common, torch\nfrom comm
            "print('loaded', sum(p.numel() for p in teacher.unet.parameters()))\n")
 
 
+def environment_of(server) -> dict:
+    """With which a program takes the server for the hub."""
+    return {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 @pytest.fixture
 def hub():
     """(environment that points at the server, list of (method, path, range) requests, dict of what to break)."""
@@ -81,10 +88,7 @@ def hub():
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-                   "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "HF_HUB_ETAG_TIMEOUT": "5",
-                   "HF_HUB_DISABLE_TELEMETRY": "1"}
-    yield environment, requests, broken
+    yield environment_of(server), requests, broken
     server.shutdown()
 
 
@@ -187,9 +191,7 @@ def test_v3_uploads_its_student(small_set, tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-                   "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "no_proxy": "127.0.0.1"}
+    environment = environment_of(server) | {"HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path)}
     arguments = [sys.executable, "v3/train_student_kd.py", "--teacher", str(FOLDER), "--data", str(small_set), "--train-split",
                  "train", "--val-split", "val", "--resolution", "32", "--channels", "32,48,64", "--groups", "4", "--steps", "2",
                  "--batch-size", "2", "--features", "effnet-lite0", "--eval-every", "0", "--final-samples", "4",

@@ -86,7 +86,7 @@ MINI = dict(
 )
 
 
-def linear(start: float, end: float, step: int, steps: int) -> float:
+def linear(start: float, end: float, step: float, steps: int) -> float:
     """`start` at step 0, `end` at the last step, steps - 1."""
     return start + (end - start) * step / max(1, steps - 1)
 
@@ -102,7 +102,7 @@ def main(s: Settings):
     learner = Learner(world, s)
     store = None
     if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves
-        rates = [s.dropout_start + (s.dropout_end - s.dropout_start) * (k + 0.5) / s.store for k in range(s.store)]
+        rates = [linear(s.dropout_start, s.dropout_end, k + 0.5, s.store + 1) for k in range(s.store)]
         store = TeacherStore(world.pairs, world.teacher_pred, rates)
         if not world.run.begun:
             world.run.log(step=0, store_seconds=store.seconds)

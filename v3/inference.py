@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common import sampling
 from common.run import pick_device, pick_dtype, save_sheet
-from common.settings import check, parse
+from common.settings import check, first_line, parse
 
 SAMPLERS = {**sampling.SAMPLERS, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 
@@ -59,7 +59,7 @@ def load(name: str, s: Settings, device: torch.device, dtype: torch.dtype) -> St
         pipeline = StableDiffusionPipeline.from_pretrained(
             folder if folder.is_dir() else name, safety_checker=None, requires_safety_checker=False, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {name} could not be loaded ({str(error).strip().splitlines()[0][:200]})") from None
+        raise SystemExit(f"error: {name} could not be loaded ({first_line(error)})") from None
     pipeline.scheduler = SAMPLERS[s.sampler].from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if s.compile:

@@ -34,7 +34,7 @@ from prepare_unet_small import SIZES, pruned_config
 from common.cache import TeacherStore
 from common.ema import EMA
 from common.features import FeatureMatching, match_features
-from common.settings import check, parse
+from common.settings import check, first_line, parse
 from common.training import evaluate, finish, let_teacher_go, one_cycle, prepare
 
 
@@ -122,6 +122,11 @@ class Distillation(torch.nn.Module):
         return torch.stack([F.mse_loss(noise_pred, noise), F.mse_loss(noise_pred, teacher_pred), feature_loss])
 
 
+def gathered(value):
+    """The whole of what FSDP may have sharded."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
 class AcceleratedLearner:
     """What `Run.steps` and `evaluate` need of a learner, over Accelerate; checkpoints are `accelerator.save_state`'s."""
 
@@ -162,14 +167,14 @@ class AcceleratedLearner:
         """Where FSDP or DeepSpeed trains other tensors than the whole student's: bring that up to date."""
         if self.sharded is not None:
             for whole, share in zip(self.student.parameters(), self.sharded.parameters()):
-                whole.copy_(share.full_tensor() if hasattr(share, "full_tensor") else share)
+                whole.copy_(gathered(share))
 
     def backward(self, loss: torch.Tensor, step: int):
         """Add the gradients of one pass; after the last one of a batch, step. Accelerate averages over the passes."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            fine = norm is None or math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            fine = norm is None or math.isfinite(gathered(norm))
             self.skipped = [self.skipped[0] + (not fine), 0 if fine else self.skipped[1] + 1]
             if fine or self.accelerator.scaler is not None:  # the fp16 scaler skips such a step by itself
                 self.optimizer.step()
@@ -222,8 +227,7 @@ class AcceleratedLearner:
             try:
                 self.accelerator.load_state(str(path))
             except Exception as error:  # whatever a damaged file makes the loaders raise
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                self.accelerator.print(f"{path.name} cannot be loaded ({reason}); trying the one before it")
+                self.accelerator.print(f"{path.name} cannot be loaded ({first_line(error)}); trying the one before it")
                 found = True
                 continue
             self.gather_weights()
@@ -240,8 +244,7 @@ def a_hub_error_is_one_line(repository: str, comfort: str = ""):
     try:
         yield
     except Exception as error:  # what the client raises changes with the library that it speaks HTTP through
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise SystemExit(f"error: --push-to-hub {repository} failed ({reason}){comfort}") from None
+        raise SystemExit(f"error: --push-to-hub {repository} failed ({first_line(error)}){comfort}") from None
 
 
 def main(s: Settings):
