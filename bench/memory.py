@@ -104,7 +104,8 @@ def measure(script: str, s: Settings) -> dict:
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
         inception = inception_v3(weights=None, init_weights=False).eval()  # the evaluator's
         teacher = Teacher("sd15", tokenizer=None, noise_scheduler=scheduler, **parts)
-        config = config_of(teacher.unet) if config_of else student_config(teacher.unet, v.channels, v.layers, groups=v.groups)
+        config = config_of(teacher.unet) if config_of else student_config(
+            teacher.unet, v.channels, v.layers, groups=v.groups, mid_block=v.mid_block)
         config["sample_size"] = side = v.resolution // teacher.vae_factor
         student = type(teacher.unet)(**config).train()
 

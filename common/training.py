@@ -90,7 +90,8 @@ def prepare(s, more_checks: dict[str, bool] | None = None, config_of=None, accel
         factor, too_few = 8 * teacher.vae_factor, "--batch-size {} is more than the {} training pictures"
         check({f"--resolution must be a multiple of {factor}": s.resolution > 0 and s.resolution % factor == 0,
                too_few.format(s.batch_size, train_set and len(train_set)): pairs_of or s.batch_size <= len(train_set)})
-        config = config_of(teacher.unet) if config_of else student_config(teacher.unet, s.channels, s.layers, groups=s.groups)
+        config = config_of(teacher.unet) if config_of else student_config(
+            teacher.unet, s.channels, s.layers, groups=s.groups, mid_block=s.mid_block)
         config["sample_size"] = s.resolution // teacher.vae_factor
         student = type(teacher.unet)(**config) if s.random_start else slice_unet(teacher.unet, config)
         for model in (student.to(device).train(), teacher.unet):

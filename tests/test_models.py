@@ -51,6 +51,19 @@ def test_slices_of_fewer_levels_and_layers_predict(teacher):
         assert torch.isfinite(predictions(student)[0]).all()
 
 
+def test_a_level_that_is_kept_whole_computes_what_it_does_in_the_teacher(teacher):
+    student = slice_unet(teacher.unet, student_config(teacher.unet, (64,), 2, mid_block=False)).eval()
+    caught, hooks = {}, []
+    for unet in (student, teacher.unet):
+        block = unet.down_blocks[0].attentions[1]
+        hooks.append(block.register_forward_hook(lambda *of, unet=unet: caught.update({unet: of[2][0]})))
+    predictions(student, teacher.unet)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(caught[student], caught[teacher.unet], rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in student.parameters()) <= 0.1 * sum(p.numel() for p in teacher.unet.parameters())
+
+
 def test_the_real_student_has_65_m_parameters():
     with torch.device("meta"):
         sd15 = UNet2DConditionModel(cross_attention_dim=768)

@@ -43,6 +43,7 @@ class Settings:
     # the student
     channels: tuple[int, ...] = (160, 288, 320)  # width of each level; fewer levels keep the teacher's outer ones
     layers: int = 2  # resnets in a down block
+    mid_block: bool = True  # keep the block below the innermost level
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     random_start: bool = False  # start from random weights, not from the teacher's slice (the baseline)
     # training
@@ -86,9 +87,10 @@ class Settings:
     seed: int = 0  # of everything random
 
 
-MINI = dict(
+MINI = dict(  # the student is the teacher's outermost level, whole
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v1-mini", channels=(32, 48, 48), layers=1, groups=4, steps=1_000, lr=4e-3, ema_decay=0.99,
+    out="checkpoints/v1-mini", channels=(64,), layers=2, mid_block=False, steps=1_000, lr=2e-3, ema_decay=0.99,
+    feature_blocks=("down_blocks.0.attentions.0", "down_blocks.0.attentions.1", "up_blocks.0.attentions.0", "up_blocks.0"),
     features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     workers=0, save_every=250,
 )
