@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common.metrics import CAPTION_ACCURACY
-from common.run import read_log
+from common.run import comparable, read_log
 from common.settings import parse
 
 VERSIONS = {  # name: script and options
@@ -82,7 +82,7 @@ def write_table(rows: dict[str, list[Path]], path: Path, title: str):
     def cell(values):
         return f"{mean(values):.4g} ± {stdev(values):.2g}" if len(values) > 1 else f"{mean(values):.4g}"
 
-    text = [f"### {title}", "", "| | steps | seconds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    text = [f"### {title}", "", "| | steps | seconds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 3) + "|"]
     for name, runs in rows.items():
         last = [[x for x in read_log(out) if "evaluation" in x][-1] for out in runs]
         seconds = [sum(seconds_of(out)) for out in runs]
@@ -99,9 +99,8 @@ def write_curves(rows: dict[str, list[Path]], path: Path):
         for name, runs in rows.items():
             points = {}
             for out in runs:
-                for x in read_log(out):
-                    if "evaluation" in x:
-                        points.setdefault(x["step"], []).append(x["evaluation"][metric])
+                for x in comparable(read_log(out)):
+                    points.setdefault(x["step"], []).append(x["evaluation"][metric])
             axis.plot(list(points), [mean(v) for v in points.values()], marker="o", label=name)
         axis.set(title=metric, xlabel="step")
     axis.legend()

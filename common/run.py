@@ -58,6 +58,12 @@ def read_log(folder: Path) -> list[dict]:
     return lines
 
 
+def comparable(lines: list[dict]) -> list[dict]:
+    """The evaluations in a log that have the first one's sample count: a Frechet distance falls with the count alone."""
+    evaluations = [x for x in lines if "evaluation" in x]
+    return [x for x in evaluations if x["evaluation"]["samples"] == evaluations[0]["evaluation"]["samples"]]
+
+
 class Run:
     """The output folder of one training. Raises SystemExit where it holds another run, or other settings.
 
@@ -182,7 +188,7 @@ class Run:
         from matplotlib.figure import Figure
 
         lines = read_log(self.folder)
-        train, evaluations = [x for x in lines if "loss" in x], [x for x in lines if "evaluation" in x]
+        train, evaluations = [x for x in lines if "loss" in x], comparable(lines)
         names = ["loss"] + [n for n in (evaluations[0]["evaluation"] if evaluations else {}) if n != "samples"]
         figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
         for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
