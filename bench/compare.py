@@ -45,7 +45,7 @@ class Settings:
     seeds: int = 3  # runs of each kind
     samples: int = 1_000  # pictures of the last evaluation
     evaluations: int = 4  # points of the curves
-    options: str = ""  # of every script, such as "--channels 32,48,48 --layers 1 --mid-block --groups 4 --lr 4e-3"
+    options: str = ""  # of every script, such as "--channels 48 --batch-size 32"
     quick: bool = False  # one seed, 250 steps, 300 pictures
     jobs: int = 1  # runs at a time, each with its share of the cores; with more than one, each prints into its own .log
 
