@@ -1,11 +1,12 @@
 """Train every version on the embedded world under equal conditions and compare what comes out.
 
-    python bench/compare.py --quick      # one seed, short runs: 20 minutes on 2 cores
-    python bench/compare.py              # three seeds: about four hours; stopped, the same command goes on
+    python bench/compare.py --quick      # one seed, small evaluations: a quarter of an hour on 2 cores
+    python bench/compare.py --jobs 2     # three seeds: an hour on 2 cores; stopped, the same command goes on
 
 Same student, batch and seeds, once with equal steps and once with equal training time: the baseline's time on this
-machine, into which V-2.2 has to fit the making of its store of teacher predictions too, in every one of its runs. V-2.1's
-step is the baseline's, so one set of its runs serves both. Writes table.md, curves.png and sheet.png into --out.
+machine, into which V-2.2 has to fit its teacher, at every step or, with --store, the making of the store in each of its
+runs. V-2.1's step is the baseline's, so one set of its runs serves both. Writes table.md, curves.png and sheet.png into
+--out.
 """
 
 import contextlib
@@ -41,12 +42,13 @@ METRICS = ("FD(effnet-lite0)", "FD(effnet-lite0) to reconstructions", "KID(effne
 @dataclass
 class Settings:
     out: str = "checkpoints/compare"  # the folder of runs, table and pictures
-    steps: int = 1_000  # of the runs with equal steps
+    steps: int = 250  # of the runs with equal steps
     seeds: int = 3  # runs of each kind
     samples: int = 1_000  # pictures of the last evaluation
     evaluations: int = 4  # points of the curves
+    store: int = 0  # V-2.2's: with fewer steps than one pass over the pictures, the teacher is cheaper at every step
     options: str = ""  # of every script, such as "--channels 48 --batch-size 32"
-    quick: bool = False  # one seed, 250 steps, 300 pictures
+    quick: bool = False  # one seed, 250 steps at most, 300 pictures
     jobs: int = 1  # runs at a time, each with its share of the cores; with more than one, each prints into its own .log
 
 
@@ -64,8 +66,8 @@ def train(version: str, out: Path, seed: int, steps: int, s: Settings):
     resume = ["--resume"] if (out / "settings.json").is_file() else []
     print(f"\n{version}, seed {seed}, {steps:,} steps: {out.name}", flush=True)
     command = [sys.executable, str(ROOT / script), "--mini", "--out", str(out), "--seed", str(seed), "--steps", str(steps),
-               "--eval-every", str(max(1, steps // s.evaluations)), "--final-samples", str(s.samples), *s.options.split(),
-               *options, *resume]
+               "--eval-every", str(-(-steps // s.evaluations)), "--final-samples", str(s.samples), *s.options.split(),
+               *options, *(["--store", str(s.store)] if version == "V-2.2" else []), *resume]
     with open(f"{out}.log", "a") if s.jobs > 1 else contextlib.nullcontext() as log:
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // s.jobs))} if s.jobs > 1 else {}
         subprocess.run(command, check=True, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads)
@@ -78,16 +80,21 @@ def train_all(runs: list[tuple], s: Settings):
 
 
 def write_table(rows: dict[str, list[Path]], path: Path, title: str):
-    """Markdown: mean +- standard deviation over the seeds."""
+    """Markdown: mean +- standard deviation over the seeds; below, what tells one version from another at the same seed."""
     def cell(values):
         return f"{mean(values):.4g} ± {stdev(values):.2g}" if len(values) > 1 else f"{mean(values):.4g}"
 
     text = [f"### {title}", "", "| | steps | seconds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 3) + "|"]
+    scores = {}
     for name, runs in rows.items():
         last = [[x for x in read_log(out) if "evaluation" in x][-1] for out in runs]
+        scores[name] = [x["evaluation"][METRICS[1]] for x in last]
         seconds = [sum(seconds_of(out)) for out in runs]
         cells = [cell([x["evaluation"][metric] for x in last]) for metric in METRICS]
         text.append(f"| {name} | {mean(x['step'] for x in last):,.0f} | {cell(seconds)} | " + " | ".join(cells) + " |")
+    pairs = (("baseline", "V-2.1"), ("V-2.1", "V-2.2"), ("V-2.1", "V-1"))  # of a seed, they see the same batches
+    text += ["", f"{METRICS[1]}, seed by seed: " + "; ".join(
+        f"{a} - {b} {cell([x - y for x, y in zip(scores[a], scores[b])])}" for a, b in pairs)]
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n".join(text) + "\n\n")
     print("\n" + "\n".join(text))
