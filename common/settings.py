@@ -12,7 +12,7 @@ def parse(settings_class, description: str, mini: dict | None = None, argv: list
     """Build `settings_class` from the command line.
 
     Every field is an option; its default and the comment behind it are its help. `mini` holds the defaults that
-    `--mini` changes; an option that is typed out always wins. A tuple is written as `160,288,320`.
+    `--mini` changes; an option that is typed out always wins. A tuple is written as `320,352`.
     """
     source = inspect.getsource(settings_class)
     comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))

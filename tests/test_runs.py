@@ -154,7 +154,7 @@ def test_help_shows_every_setting_with_its_default():
     done = run(sys.executable, str(SCRIPTS["v2.2"]), "--help")
     text = " ".join(done.stdout.split())
     assert "weight of the KD term at the first step (default 1.0)" in text
-    assert "160,288,320; with --mini" in text
+    assert "320,352; with --mini" in text
 
 
 def test_linear_against_closed_form():

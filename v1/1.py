@@ -41,9 +41,9 @@ class Settings:
     out: str = "checkpoints/v1"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student
-    channels: tuple[int, ...] = (160, 288, 320)  # width of each level; fewer levels keep the teacher's outer ones
+    channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (these: one whole, one narrower)
     layers: int = 2  # resnets in a down block
-    mid_block: bool = True  # keep the block below the innermost level
+    mid_block: bool = False  # keep the block below the innermost level
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     random_start: bool = False  # start from random weights, not from the teacher's slice (the baseline)
     # training
@@ -63,7 +63,7 @@ class Settings:
     # feature matching
     loss: str = "mse"  # mse or smooth_l1, of the noise and of the features
     feature_weight: float = 0.1  # of the features' loss; 0: the teacher is not run at all
-    feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "up_blocks.2")
+    feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1.attentions.1", "up_blocks.0", "up_blocks.1")
     # evaluation
     features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
     sampler: str = "ddpm"  # ddpm or ddim

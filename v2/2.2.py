@@ -38,9 +38,9 @@ class Settings:
     out: str = "checkpoints/v2.2"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student
-    channels: tuple[int, ...] = (160, 288, 320)  # width of each level; fewer levels keep the teacher's outer ones
+    channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (these: one whole, one narrower)
     layers: int = 2  # resnets in a down block
-    mid_block: bool = True  # keep the block below the innermost level
+    mid_block: bool = False  # keep the block below the innermost level
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     random_start: bool = False  # start from random weights, not from the teacher's slice (the baseline)
     # training

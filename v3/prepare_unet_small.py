@@ -1,7 +1,7 @@
 """Prune a Stable Diffusion 1.x U-Net to `sd_small` or `sd_tiny` (BK-SDM, arXiv 2305.15798), as a stock diffusers folder.
 
     python v3/prepare_unet_small.py --size sd_tiny --out checkpoints/sd_tiny
-    python v3/prepare_unet_small.py --size sd_tiny --channels 160,384,480 --out checkpoints/sd_tiny_65m
+    python v3/prepare_unet_small.py --size sd_tiny --channels 320,480,192 --out checkpoints/sd_tiny_65m
 
 sd_small has one layer a block: down blocks keep layer 0, up blocks layers 0 and 2. sd_tiny also drops the innermost
 level and the mid block. It is the config that changes, and weights are copied by name, so what is saved loads with

@@ -52,7 +52,7 @@ class Settings:
     resume: bool = False  # go on with the run in --out
     # the student
     size: str = "sd_tiny"  # sd_small (579 M of SD-1.5's 860 M) or sd_tiny (323 M), before --channels
-    channels: tuple[int, ...] = (160, 384, 480)  # width of each level that is left (these: 65.6 M); all: the teacher's
+    channels: tuple[int, ...] = (320, 480, 192)  # width of each level that is left (these: 65.2 M); all: the teacher's
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     random_start: bool = False  # start from random weights, not from the teacher's
     # training
