@@ -101,7 +101,7 @@ class Settings:
 
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v3-mini", channels=(32, 48, 64), groups=4, steps=1_000, lr=4e-3, ema_decay=0.99,
+    out="checkpoints/v3-mini", channels=(64, 64, 16), steps=1_000, lr=2e-3, ema_decay=0.99,
     features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     save_every=250,
 )
