@@ -118,7 +118,8 @@ def measure(script: str, s: Settings) -> dict:
             yield from range(s.steps)
             parts = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder, inception) if part is not None]
             row["frozen"] = sum(p.nbytes for part in parts for p in part.parameters())
-            row["states"], row["training"] = memory.now - row["frozen"], memory.peak
+            freed = sum(p.nbytes for p in student.parameters() if p.grad is None)  # V-3 lets gradients go after each step
+            row["states"], row["training"] = memory.now - row["frozen"] + freed, memory.peak
             memory.peak = memory.now
             # what an evaluation holds at most: the weights beside their average, a sampler's step, decoding, Inception-v3
             with torch.no_grad(), learner.ema.applied(student):

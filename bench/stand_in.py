@@ -152,7 +152,9 @@ def main(s: Settings):
     make_coco(out / "coco2017", s.train, s.val, s.seed)
     make_metric_networks(out / "torch" / "hub" / "checkpoints")
     make_teacher(out / "sd15")
-    print(f"stand-ins (random weights) in {out}: sd15, coco2017, torch")
+    print(f"stand-ins (random weights) in {out}: sd15, coco2017, torch. With TORCH_HOME={out}/torch in the environment:\n"
+          f"python v2/2.2.py --teacher {out}/sd15 --data {out}/coco2017 --steps 4 --batch-size 2 --eval-every 0 "
+          f"--final-samples 2 --sample-steps 2 --out {out}/run")
 
 
 if __name__ == "__main__":

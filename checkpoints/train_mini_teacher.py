@@ -1,4 +1,4 @@
-"""Train the embedded teacher, `checkpoints/mini-teacher`: a 15 M-parameter Stable Diffusion at 32 px.
+"""Train the embedded teacher, `checkpoints/mini-teacher`: a 16 M-parameter Stable Diffusion at 32 px.
 
     python checkpoints/train_mini_teacher.py            # goes on where it stopped
 

@@ -1,5 +1,6 @@
 """What the versions share and is not their idea: data, teacher, slicing, EMA, sampling, metrics, checkpoints."""
 
+import sys
 import warnings
 
 import torch
@@ -26,3 +27,13 @@ import transformers  # noqa: E402
 for _library in (diffusers, transformers):  # bars and notes of loading and saving, in between the training's own
     _library.utils.logging.disable_progress_bar()
     _library.utils.logging.set_verbosity_error()
+
+
+def _stopped(kind, error, trace, otherwise=sys.excepthook):
+    """Ctrl-C outside of the training's own loop is no error: one line in place of a traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return otherwise(kind, error, trace)
+    print("\nstopped; what was saved is kept: run the same command again, a run that has begun with --resume", file=sys.stderr)
+
+
+sys.excepthook = _stopped

@@ -68,18 +68,26 @@ def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[n
             array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=np.float16, shape=shape)
             if not state["rows"]:
                 reserve(path)
-            began, since = time.perf_counter() - state["seconds"], 0
+            began = time.perf_counter() - state["seconds"]
+
+            def keep():
+                array.flush()
+                state["seconds"] = time.perf_counter() - began
+                write_atomically(done, json.dumps(state).encode())
+
             with tqdm(total=shape[0], initial=state["rows"], desc=f"caching {name}", unit=unit) as bar:
-                for indices, end, values in produce(state["rows"]):
-                    array[indices] = values
-                    state["bad"] += sorted(set(range(state["rows"], end)) - set(indices))
-                    bar.update(end - state["rows"])
-                    since, state["rows"] = since + end - state["rows"], end
-                    if since >= 8192 and end < shape[0]:
-                        array.flush()
-                        state["seconds"] = time.perf_counter() - began
-                        write_atomically(done, json.dumps(state).encode())
-                        since = 0
+                try:
+                    for indices, end, values in produce(state["rows"]):
+                        array[indices] = values
+                        start, bad = state["rows"], sorted(set(range(state["rows"], end)) - set(indices))
+                        state.update(rows=end, bad=state["bad"] + bad)
+                        bar.update(end - start)
+                        if end // 8192 > start // 8192 and end < shape[0]:
+                            keep()
+                except KeyboardInterrupt:
+                    if state["rows"] < shape[0]:
+                        keep()
+                    raise
             state["bad"] += range(state["rows"], shape[0])  # the last batches held nothing that can be decoded
             array.flush()
             del array

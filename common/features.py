@@ -40,7 +40,7 @@ class FeatureMatching(torch.nn.Module):
             for side, unet, block in (("student", student, name), ("teacher", teacher, theirs)):
                 if block not in dict(unet.named_modules()):
                     levels = range(len(unet.down_blocks))
-                    known = [f"{k}_blocks.{i}" for k in ("down", "up") for i in levels] + ["mid_block"]
+                    known = [f"{k}_blocks.{i}" for k in ("down", "up") for i in levels] + ["mid_block"] * bool(unet.mid_block)
                     raise SystemExit(f"error: --feature-blocks: the {side} has no {block}; it has {', '.join(known)} "
                                      "and what lies in them")
                 unet.get_submodule(block).register_forward_hook(self._catch(side, name))

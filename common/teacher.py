@@ -73,17 +73,17 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     return Teacher(name, unet, vae, text_encoder, tokenizer, scheduler)
 
 
-def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], layers: int, heads: int = 0,
-                   groups: int = 0, mid_block: bool = True) -> dict:
+def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], layers: int, groups: int = 0,
+                   mid_block: bool = True) -> dict:
     """The teacher's U-Net config with other widths, as many levels as `channels` has, and `layers` a block.
 
     Fewer levels keep the outer ones; a student that stops above the teacher's innermost, attention-free level has
-    cross-attention in all of its own; without `mid_block` it has none. 0 `heads` or GroupNorm `groups` keep the
-    teacher's number. Raises SystemExit where it cannot be a slice.
+    cross-attention in all of its own; without `mid_block` it has none. 0 GroupNorm `groups` keep the teacher's number.
+    Raises SystemExit where it cannot be a slice.
     """
     config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
     wide, levels = teacher.config.block_out_channels, len(channels)
-    groups, heads = groups or config["norm_num_groups"], heads or config["attention_head_dim"]
+    groups, heads = groups or config["norm_num_groups"], config["attention_head_dim"]
     for problem, found in {
         f"{levels} levels; the teacher has {len(wide)}": levels > len(wide),
         f"channels {channels} are wider than the teacher's {wide}": any(s > t for s, t in zip(channels, wide)),
@@ -95,8 +95,8 @@ def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], lay
         if found:
             raise SystemExit(f"error: this student is no slice of the teacher: {problem}")
     config |= {
-        "block_out_channels": tuple(channels), "layers_per_block": layers, "attention_head_dim": heads,
-        "norm_num_groups": groups, "mid_block_type": config["mid_block_type"] if mid_block else None,
+        "block_out_channels": tuple(channels), "layers_per_block": layers, "norm_num_groups": groups,
+        "mid_block_type": config["mid_block_type"] if mid_block else None,
         "down_block_types": config["down_block_types"][:levels],
         "up_block_types": config["up_block_types"][len(wide) - levels :],
     }
@@ -110,12 +110,6 @@ def spread(wide: int, narrow: int) -> torch.Tensor:
     GEGLU projection, and the same channels of a level wherever they appear, as long as those divide both widths.
     """
     return ((torch.arange(narrow, dtype=torch.float64) + 0.5) * wide / narrow).long()
-
-
-def heads_spread(wide: int, narrow: int, wide_heads: int, narrow_heads: int) -> torch.Tensor:
-    """(narrow,) indices into `wide` = heads x channels: whole heads are picked first, then channels inside each."""
-    head = spread(wide_heads, narrow_heads)[:, None] * (wide // wide_heads)
-    return (head + spread(wide // wide_heads, narrow // narrow_heads)[None]).flatten()
 
 
 @torch.no_grad()
@@ -158,8 +152,6 @@ def slice_unet(teacher: UNet2DConditionModel, config: dict) -> UNet2DConditionMo
         if name == "time_embedding.linear_1.weight" and dim == 1:  # [cosines, sines]: the nearest frequencies
             half = (torch.arange(s // 2, dtype=torch.float64) * t / s).round().long()
             return torch.cat([half, t // 2 + half])
-        if re.search(r"attn\d\.to_(q|k|v)\.weight", name) and dim == 0 or ".to_out.0.weight" in name and dim == 1:
-            return heads_spread(t, s, t_conf.attention_head_dim, s_conf.attention_head_dim)
         return spread(t, s)
 
     source, sliced = teacher.state_dict(), {}
@@ -170,8 +162,7 @@ def slice_unet(teacher: UNet2DConditionModel, config: dict) -> UNet2DConditionMo
         if target.ndim > 1:
             weight = weight * (source[teacher_name(name)].shape[1] / target.shape[1]) ** 0.5
         if re.search(r"attn\d\.to_(q|k)\.weight", name):
-            t_head = source[teacher_name(name)].shape[0] / t_conf.attention_head_dim
-            weight = weight * (t_head / (target.shape[0] / s_conf.attention_head_dim)) ** 0.25
+            weight = weight * (source[teacher_name(name)].shape[0] / target.shape[0]) ** 0.25
         sliced[name] = weight.cpu()
     student.load_state_dict(sliced)
     return student

@@ -79,11 +79,13 @@ def test_reduced_jpeg_decoding_stays_close_to_the_whole_one(tmp_path):
         assert 10 * np.log10(255**2 / error) > 40
 
 
-def test_the_defaults_fit_a_6_gb_card_with_a_margin():
+@pytest.mark.parametrize("path, parameters", [("v1/1.py", 64_140_964), ("v2/2.2.py", 64_140_964),
+                                              ("v3/train_student_kd.py", 65_188_324)])
+def test_the_defaults_fit_a_6_gb_card_with_a_margin(path, parameters):
     memory = script("bench/memory.py")
-    row = memory.measure("v2/2.2.py", memory.Settings())
-    # weights, gradients, two moments and the EMA of 64,140,964 fp32 parameters; autocast may keep nothing of them
-    assert abs(row["student's states"] / (5 * 4 * 64_140_964 / 2**30) - 1) < 0.02
+    row = memory.measure(path, memory.Settings())
+    # weights, gradients, two moments and the EMA in fp32, and the projections; autocast may keep nothing of them
+    assert 1 <= row["student's states"] / (5 * 4 * parameters / 2**30) < 1.03
     context = 0.5  # of CUDA, at most 0.6 GB
     assert max(row["peak in training"], row["in evaluation"]) + context < 0.85 * 6
 

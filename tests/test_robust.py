@@ -199,3 +199,17 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after(small_set, teacher, s
         TrainingPairs(pairs, teacher, disk, caption_gb=1, device=torch.device("cpu"))
     grow()
     assert len(TrainingPairs(pairs, teacher, disk, caption_gb=1, device=torch.device("cpu"))) == 48
+
+
+def test_ctrl_c_while_caching_is_one_line_and_loses_nothing(tmp_path):
+    program = ("import numpy as np; from pathlib import Path; from common.cache import filled\n"
+               "def produce(start):\n"
+               "    print('from', start)\n"
+               "    for i in range(start, 6):\n"
+               "        if i == stop: raise KeyboardInterrupt\n"
+               "        yield [i], i + 1, np.full((1, 2), i)\n"
+               f"print(filled(Path({str(tmp_path)!r}), 'x', (6, 2), produce, 'row')[0][:, 0].tolist())")
+    stopped, again = (subprocess.run([sys.executable, "-c", f"stop = {stop}\n{program}"], capture_output=True, text=True,
+                                     cwd=ROOT) for stop in (4, -1))
+    assert stopped.returncode != 0 and "stopped; what was saved is kept" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert again.returncode == 0 and again.stdout.split("\n")[:2] == ["from 4", "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]"]

@@ -20,8 +20,9 @@ from common.training import Learner, one_cycle
 
 SCRIPTS = {"v1": ROOT / "v1" / "1.py", "v2.1": ROOT / "v2" / "2.1.py", "v2.2": ROOT / "v2" / "2.2.py",
            "v2.2 store": ROOT / "v2" / "2.2.py"}
-OWN = {"v1": ["--feature-blocks", "down_blocks.0,mid_block,up_blocks.3", "--progressive", "--chains", "1000,50,25",
-              "--stage-percent", "40,30,30"], "v2.1": [], "v2.2": ["--store", "0"], "v2.2 store": ["--store", "3"]}
+OWN = {"v1": ["--mid-block", "--feature-blocks", "down_blocks.0,mid_block,up_blocks.3", "--progressive", "--chains",
+              "1000,50,25", "--stage-percent", "40,30,30"],
+       "v2.1": [], "v2.2": ["--store", "0"], "v2.2 store": ["--store", "3"]}
 
 
 def command(name, small_set, out, *more):

@@ -41,7 +41,7 @@ class Settings:
     out: str = "checkpoints/v1"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student
-    channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (these: one whole, one narrower)
+    channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (SD-1.5's are 320,640,1280,1280)
     layers: int = 2  # resnets in a down block
     mid_block: bool = False  # keep the block below the innermost level
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
@@ -89,7 +89,7 @@ class Settings:
 
 MINI = dict(  # the student is the teacher's outermost level, whole
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v1-mini", channels=(64,), layers=2, mid_block=False, steps=1_000, lr=2e-3, ema_decay=0.99,
+    out="checkpoints/v1-mini", channels=(64,), steps=1_000, lr=2e-3, ema_decay=0.99,
     feature_blocks=("down_blocks.0.attentions.0", "down_blocks.0.attentions.1", "up_blocks.0.attentions.0", "up_blocks.0"),
     features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     workers=0, save_every=250,

@@ -5,7 +5,7 @@
 
 The student starts as a slice of the teacher. Its loss on a noisy latent x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise is
 MSE(student(x_t), noise), the loss of DDPM (arXiv 2006.11239). The teacher's U-Net leaves memory before training; its
-autoencoder and text encoder have made the latents and caption embeddings by then.
+autoencoder and text encoder have made the latents and as many caption embeddings as `--cache-gb` holds by then.
 """
 
 import sys
@@ -33,7 +33,7 @@ class Settings:
     out: str = "checkpoints/v2.1"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student
-    channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (these: one whole, one narrower)
+    channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (SD-1.5's are 320,640,1280,1280)
     layers: int = 2  # resnets in a down block
     mid_block: bool = False  # keep the block below the innermost level
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
@@ -72,7 +72,7 @@ class Settings:
 
 MINI = dict(  # the student is the teacher's outermost level, whole
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v2.1-mini", channels=(64,), layers=2, mid_block=False, steps=1_000, lr=2e-3, ema_decay=0.99,
+    out="checkpoints/v2.1-mini", channels=(64,), steps=1_000, lr=2e-3, ema_decay=0.99,
     features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     workers=0, save_every=250,
 )

@@ -39,7 +39,8 @@ def pruned_config(teacher: UNet2DConditionModel, size: str, channels: tuple[int,
     """The config of a pruned student. Raises SystemExit where `channels` and GroupNorm `groups` do not fit the teacher."""
     wide = teacher.config.block_out_channels
     kept = wide if size == "sd_small" else wide[:-1]
-    check({f"--channels must give {size} {len(kept)} widths": len(channels) in (0, len(kept))})
+    check({f"--channels must give {size} {len(kept)} widths, at most {','.join(map(str, kept))}":
+               len(channels) in (0, len(kept))})
     return student_config(teacher, tuple(channels) or kept, layers=1, groups=groups, mid_block=size == "sd_small")
 
 

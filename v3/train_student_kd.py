@@ -52,7 +52,7 @@ class Settings:
     resume: bool = False  # go on with the run in --out
     # the student
     size: str = "sd_tiny"  # sd_small (579 M of SD-1.5's 860 M) or sd_tiny (323 M), before --channels
-    channels: tuple[int, ...] = (320, 480, 192)  # width of each level that is left (these: 65.2 M); all: the teacher's
+    channels: tuple[int, ...] = (320, 480, 192)  # width of each level that is left (these: 65.2 M)
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     random_start: bool = False  # start from random weights, not from the teacher's
     # training
@@ -68,7 +68,7 @@ class Settings:
     kd_weight: float = 1.0  # of the error against the teacher's prediction
     feature_weight: float = 0.1  # of the blocks' outputs; 0: none
     store: int = 0  # draws of each picture whose teacher predictions are cached (with --feature-weight 0); 0: fresh draws
-    feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "up_blocks.2")
+    feature_blocks: tuple[str, ...] = ()  # whose outputs are matched; none given: all that have the teacher's size
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     mixed_precision: str = ""  # no, fp16 or bf16; empty: what `accelerate config` was told
@@ -105,6 +105,12 @@ MINI = dict(
     features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     save_every=250,
 )
+
+
+FEATURE_BLOCKS = {  # sd_tiny's innermost down block does not halve its output, as the teacher's does
+    "sd_small": (*(f"down_blocks.{i}" for i in range(4)), "mid_block", *(f"up_blocks.{i}" for i in range(4))),
+    "sd_tiny": ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "up_blocks.2"),
+}
 
 
 class Distillation(torch.nn.Module):
@@ -299,7 +305,7 @@ def main(s: Settings):
         world.student.enable_gradient_checkpointing()
     if s.compile:
         world.student.compile()
-    matching = match_features(world, s.feature_blocks, F.mse_loss) if s.feature_weight else None
+    matching = match_features(world, s.feature_blocks or FEATURE_BLOCKS[s.size], F.mse_loss) if s.feature_weight else None
     learner = AcceleratedLearner(accelerator, Distillation(world.student, matching), world, s)
     if s.tensorboard:
         accelerator.init_trackers("tensorboard")
