@@ -1,8 +1,6 @@
 """Make stand-ins of true size for what cannot be downloaded: SD-1.5, COCO 2017, and the metrics' networks.
 
-    python bench/stand_in.py --out stand-in
-    TORCH_HOME=stand-in/torch python v2/2.2.py --teacher stand-in/sd15 --data stand-in/coco2017 --steps 4 \
-        --batch-size 2 --eval-every 0 --final-samples 2 --sample-steps 2 --out stand-in/run
+    python bench/stand_in.py --out stand-in        # and run what it prints
 
 The layouts, configs and sizes are the real ones and all weights are random, so what is measured with them are times,
 memory and agreement between programs, never quality. 2.6 GB; the pictures are noise over gradients.

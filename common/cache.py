@@ -71,9 +71,10 @@ def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[n
             began = time.perf_counter() - state["seconds"]
 
             def keep():
-                array.flush()
-                state["seconds"] = time.perf_counter() - began
-                write_atomically(done, json.dumps(state).encode())
+                if state["rows"] < shape[0]:  # what is whole is written below, with its checksum
+                    array.flush()
+                    state["seconds"] = time.perf_counter() - began
+                    write_atomically(done, json.dumps(state).encode())
 
             with tqdm(total=shape[0], initial=state["rows"], desc=f"caching {name}", unit=unit) as bar:
                 try:
@@ -82,11 +83,10 @@ def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[n
                         start, bad = state["rows"], sorted(set(range(state["rows"], end)) - set(indices))
                         state.update(rows=end, bad=state["bad"] + bad)
                         bar.update(end - start)
-                        if end // 8192 > start // 8192 and end < shape[0]:
+                        if end // 8192 > start // 8192:
                             keep()
                 except KeyboardInterrupt:
-                    if state["rows"] < shape[0]:
-                        keep()
+                    keep()
                     raise
             state["bad"] += range(state["rows"], shape[0])  # the last batches held nothing that can be decoded
             array.flush()

@@ -24,6 +24,12 @@ class ConvProjection(torch.nn.Conv2d):
             self.bias.zero_()
 
 
+def block_names(unet) -> list[str]:
+    """A U-Net's blocks, as --feature-blocks takes them."""
+    levels = range(len(unet.down_blocks))
+    return [f"{k}_blocks.{i}" for k in ("down", "up") for i in levels] + ["mid_block"] * (unet.mid_block is not None)
+
+
 class FeatureMatching(torch.nn.Module):
     """Catches the outputs of blocks of both networks with forward hooks and compares them.
 
@@ -39,10 +45,8 @@ class FeatureMatching(torch.nn.Module):
             theirs = re.sub(r"^up_blocks\.(\d+)", lambda m: f"up_blocks.{int(m[1]) + deeper}", name)
             for side, unet, block in (("student", student, name), ("teacher", teacher, theirs)):
                 if block not in dict(unet.named_modules()):
-                    levels = range(len(unet.down_blocks))
-                    known = [f"{k}_blocks.{i}" for k in ("down", "up") for i in levels] + ["mid_block"] * bool(unet.mid_block)
-                    raise SystemExit(f"error: --feature-blocks: the {side} has no {block}; it has {', '.join(known)} "
-                                     "and what lies in them")
+                    raise SystemExit(f"error: --feature-blocks: the {side} has no {block}; it has "
+                                     f"{', '.join(block_names(unet))} and what lies in them")
                 unet.get_submodule(block).register_forward_hook(self._catch(side, name))
         self.projections = None
 

@@ -156,13 +156,14 @@ def slice_unet(teacher: UNet2DConditionModel, config: dict) -> UNet2DConditionMo
 
     source, sliced = teacher.state_dict(), {}
     for name, target in student.state_dict().items():
-        weight = source[teacher_name(name)].float()
+        whole = source[teacher_name(name)]
+        weight = whole.float()
         for dim, (t, s) in enumerate(zip(weight.shape, target.shape)):
             weight = weight.index_select(dim, indices(name, dim, t, s).to(weight.device))
         if target.ndim > 1:
-            weight = weight * (source[teacher_name(name)].shape[1] / target.shape[1]) ** 0.5
+            weight = weight * (whole.shape[1] / target.shape[1]) ** 0.5
         if re.search(r"attn\d\.to_(q|k)\.weight", name):
-            weight = weight * (source[teacher_name(name)].shape[0] / target.shape[0]) ** 0.25
+            weight = weight * (whole.shape[0] / target.shape[0]) ** 0.25
         sliced[name] = weight.cpu()
     student.load_state_dict(sliced)
     return student

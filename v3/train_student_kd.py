@@ -33,7 +33,7 @@ from prepare_unet_small import SIZES, pruned_config
 
 from common.cache import TeacherStore
 from common.ema import EMA
-from common.features import FeatureMatching, match_features
+from common.features import FeatureMatching, block_names, match_features
 from common.settings import check, first_line, parse
 from common.training import evaluate, finish, let_teacher_go, one_cycle, prepare
 
@@ -105,12 +105,6 @@ MINI = dict(
     features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
     save_every=250,
 )
-
-
-FEATURE_BLOCKS = {  # sd_tiny's innermost down block does not halve its output, as the teacher's does
-    "sd_small": (*(f"down_blocks.{i}" for i in range(4)), "mid_block", *(f"up_blocks.{i}" for i in range(4))),
-    "sd_tiny": ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "up_blocks.2"),
-}
 
 
 class Distillation(torch.nn.Module):
@@ -305,7 +299,9 @@ def main(s: Settings):
         world.student.enable_gradient_checkpointing()
     if s.compile:
         world.student.compile()
-    matching = match_features(world, s.feature_blocks or FEATURE_BLOCKS[s.size], F.mse_loss) if s.feature_weight else None
+    innermost = f"down_blocks.{len(world.student.down_blocks) - 1}"  # sd_tiny's does not halve its output, the teacher's does
+    blocks = s.feature_blocks or tuple(b for b in block_names(world.student) if s.size == "sd_small" or b != innermost)
+    matching = match_features(world, blocks, F.mse_loss) if s.feature_weight else None
     learner = AcceleratedLearner(accelerator, Distillation(world.student, matching), world, s)
     if s.tensorboard:
         accelerator.init_trackers("tensorboard")
