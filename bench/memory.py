@@ -2,9 +2,10 @@
 
     python bench/memory.py
 
-Runs each script's own loop at SD-1.5's true size on fake tensors (shapes and storages, no data) and follows every
+Runs each script's own `main` at SD-1.5's true size on fake tensors (shapes and storages, no data) and follows every
 storage from its making to its end. The operators' dtypes are those of CUDA's autocast to bf16. Not in it: the CUDA
 context (0.3 to 0.6 GB), the libraries' workspaces and what the allocator loses to fragments; a GPU has not confirmed it.
+A step that read a number from the device, and so waited for it, would stop this: a fake tensor has none.
 """
 
 import contextlib
@@ -29,13 +30,18 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import inception_v3
 
 from common.cache import Batch
-from common.run import table
-from common.sampling import decode
-from common.settings import check, parse
-from common.teacher import Teacher, student_config
-from common.training import World
+from common.report import table
+from common.sampling import decode_latents
+from common.settings import parse, start
+from common.teacher import DDPMScheduler, Teacher, UNet2DConditionModel
 
-SCRIPTS = {"V-1": "v1/1.py", "V-2.1": "v2/2.1.py", "V-2.2, --store 0": "v2/2.2.py", "V-3": "v3/train_student_kd.py"}
+ROWS = {  # name: script and how many draws its store holds
+    "V-1": ("v1/1.py", 0),
+    "V-2.1": ("v2/2.1.py", 0),
+    "V-2.2": ("v2/2.2.py", 4),
+    "V-2.2, --store 0": ("v2/2.2.py", 0),
+    "V-3": ("v3/train_student_kd.py", 0),
+}
 
 
 @dataclass
@@ -82,80 +88,114 @@ class CudaAutocast(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def measure(script: str, s: Settings) -> dict:
-    """One version's row, in GiB. The student's states are its weights, gradients, AdamW's moments and the EMA."""
+def load(script: str):
+    """A version's script as a module."""
     spec = importlib.util.spec_from_file_location("version", ROOT / script)
     version = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(version)
-    v = version.Settings()
-    v.batch_size, v.tensorboard = s.batch_size or v.batch_size, False
-    if hasattr(v, "store"):
-        v.store = 0  # with one no teacher is in memory, as in V-2.1
-    if hasattr(v, "mixed_precision"):
-        v.mixed_precision, v.cpu = "bf16", True
-    memory, row, device = Memory(), {}, torch.device("cpu")
+    return version
 
-    def prepare(_, __=None, config_of=None, *___):
-        from diffusers import DDPMScheduler
 
-        torch.set_default_dtype(torch.bfloat16)
+class Measurement:
+    """Stands in for what a script calls before and around its training steps, and fills `row` with bytes meanwhile.
+
+    The teacher has its true size and random weights; data set, caches, run folder and saved student are not there.
+    """
+
+    def __init__(self, settings):
+        self.settings, self.memory, self.row = settings, Memory(), {}
+
+    def names(self) -> dict:
+        """What is put in the place of a script's names, where it has them."""
+        return dict(
+            load_teacher=self.load_teacher, slice_unet=lambda teacher, config: UNet2DConditionModel(**config),
+            Run=lambda *_: self.run(), CocoCaptions=mock.MagicMock(), Evaluator=lambda *_, **__: self.evaluator(),
+            TrainingPairs=lambda *_, **__: self.pairs(), TeacherStore=lambda *_: self.pairs(stored=True),
+            make_folder=lambda folder, _: folder, summary=mock.Mock(), finish=mock.Mock())
+
+    def load_teacher(self, name: str, device, dtype: torch.dtype) -> Teacher:
+        torch.set_default_dtype(dtype)
         parts = sd15(lambda kind, *args, **config: kind(*args, **config).eval().requires_grad_(False))
         torch.set_default_dtype(torch.float32)
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-        inception = inception_v3(weights=None, init_weights=False).eval()  # the evaluator's
-        teacher = Teacher("sd15", tokenizer=None, noise_scheduler=scheduler, **parts)
-        config = config_of(teacher.unet) if config_of else student_config(
-            teacher.unet, v.channels, v.layers, groups=v.groups, mid_block=v.mid_block)
-        config["sample_size"] = side = v.resolution // teacher.vae_factor
-        student = type(teacher.unet)(**config).train()
+        # what has no values has no fingerprint
+        self.teacher = Teacher(name, tokenizer=None, noise_scheduler=scheduler, fingerprints={"unet": ""}, **parts)
+        self.side = self.teacher.latent_side(self.settings.resolution)
+        return self.teacher
 
+    def pairs(self, stored: bool = False):
         def draw(*_, parts=1, **__):
-            n = v.batch_size // parts
-            return Batch(torch.randn(n, 4, side, side), torch.randn(n, 77, 768), torch.randn(n, 4, side, side),
-                         torch.zeros(n, dtype=torch.long))
+            n = self.settings.batch_size // parts
+            shape = (n, 4, self.side, self.side)
+            timesteps = torch.zeros(n, dtype=torch.long)
+            teacher_pred = torch.randn(shape) if stored else None
+            return Batch(torch.randn(shape), torch.randn(n, 77, 768), torch.randn(shape), timesteps, teacher_pred)
+        return SimpleNamespace(draw=draw, empty=torch.zeros(1, 77, 768), seconds=0.0)
 
-        def steps(learner, *_):
-            yield from range(s.steps)
-            parts = [part for part in (teacher.unet, teacher.vae, teacher.text_encoder, inception) if part is not None]
-            row["frozen"] = sum(p.nbytes for part in parts for p in part.parameters())
-            freed = sum(p.nbytes for p in student.parameters() if p.grad is None)  # V-3 lets gradients go after each step
-            row["states"], row["training"] = memory.now - row["frozen"] + freed, memory.peak
-            memory.peak = memory.now
-            # what an evaluation holds at most: the weights beside their average, a sampler's step, decoding, Inception-v3
-            with torch.no_grad(), learner.ema.applied(student):
-                latents, n = torch.randn(v.eval_batch, 4, side, side), 2 * v.eval_batch
-                student.eval()(torch.randn(n, 4, side, side), torch.zeros(n), torch.randn(n, 77, 768))
-                decode(teacher.vae, latents)
-                inception(torch.randn(50, 3, 299, 299))
-            row["evaluation"] = memory.peak
+    def run(self):
+        run = mock.MagicMock(begun=False, evaluated=set(), begin=self.begin_training, log_step=self.after_step)
+        run.stop_requested.return_value = False
+        return run
 
-        run = SimpleNamespace(steps=steps, report=lambda **_: None, log=lambda **_: None)
-        pairs = SimpleNamespace(draw=draw, empty=torch.zeros(1, 77, 768))
-        evaluator = SimpleNamespace(teacher_side=lambda _: None)
-        return World(teacher, student, pairs, evaluator, run, device, torch.bfloat16)
+    def begin_training(self, *_, **__):
+        self.memory.peak = self.memory.now
 
+    def after_step(self, _, trainer, **__):
+        parts = [self.teacher.unet, self.teacher.vae, self.teacher.text_encoder, self.inception]
+        frozen = sum(p.nbytes for part in parts if part is not None for p in part.parameters())
+        gradients = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)  # let go after each step
+        self.row["frozen"] = frozen
+        self.row["states"] = self.memory.now - frozen + gradients
+        self.row["training"] = self.memory.peak
+
+    def evaluator(self):
+        self.inception = inception_v3(weights=None, init_weights=False).eval().requires_grad_(False)
+        evaluator = mock.MagicMock()
+        evaluator.evaluate.side_effect = self.evaluate
+        return evaluator
+
+    @torch.no_grad()
+    def evaluate(self, unet, _):
+        """What an evaluation holds at most: a sampler's step, decoding, Inception-v3."""
+        self.memory.peak = self.memory.now
+        count = self.settings.eval_batch
+        twice = 2 * count  # both halves of guidance
+        latents = torch.randn(count, 4, self.side, self.side)
+        unet(torch.randn(twice, 4, self.side, self.side), torch.zeros(twice), torch.randn(twice, 77, 768))
+        decode_latents(self.teacher.vae, latents)
+        self.inception(torch.randn(50, 3, 299, 299))
+        self.row["evaluation"] = self.memory.peak
+        return mock.MagicMock()
+
+
+def measure(script: str, s: Settings, store: int = 0) -> dict:
+    """One version's row, in GiB. The student's states are its weights, gradients, AdamW's moments and the EMA."""
+    version = load(script)
+    own = version.Settings()
+    changed = dict(steps=s.steps, batch_size=s.batch_size or own.batch_size, store=store, tensorboard=False,
+                   device="cpu", cpu=True, dtype="bf16", mixed_precision="bf16")
+    for name, value in changed.items():
+        if hasattr(own, name):
+            setattr(own, name, value)
+    measurement = Measurement(own)
+    names = {name: value for name, value in measurement.names().items() if hasattr(version, name)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module))  # all is there
-        stack.enter_context(mock.patch.multiple(version, prepare=prepare, finish=lambda *_: None))
-        if hasattr(version, "Accelerator"):  # it looks at the norm's value, which nothing here has
-            def clip(_, parameters, longest):
-                torch.nn.utils.clip_grad_norm_(parameters, longest)
-
-            stack.enter_context(mock.patch.object(version.Accelerator, "clip_grad_norm_", clip))
-        for mode in (FakeTensorMode(), memory, CudaAutocast()):
+        stack.enter_context(mock.patch.multiple(version, **names))
+        stack.enter_context(contextlib.redirect_stdout(None))
+        for mode in (FakeTensorMode(), measurement.memory, CudaAutocast()):
             stack.enter_context(mode)
-        version.main(v)
-    gb = {name: size / 2**30 for name, size in row.items()}
-    return {"batch": v.batch_size, "frozen parts": gb["frozen"], "student's states": gb["states"],
-            "activations": gb["training"] - gb["states"] - gb["frozen"], "peak in training": gb["training"],
-            "in evaluation": gb["evaluation"]}
+        version.main(own)
+    gib = {name: size / 2**30 for name, size in measurement.row.items()}
+    return {"batch": own.batch_size, "frozen parts": gib["frozen"], "student's states": gib["states"],
+            "activations": gib["training"] - gib["states"] - gib["frozen"], "peak in training": gib["training"],
+            "in evaluation": gib["evaluation"]}
 
 
 def main(s: Settings):
-    check({"--batch-size must not be negative": s.batch_size >= 0, "--steps must be at least 2": s.steps >= 2})
     print("GiB, SD-1.5's size, bf16 autocast\n")
-    print(table({name: measure(script, s) for name, script in SCRIPTS.items()}))
+    print(table({name: measure(script, s, store) for name, (script, store) in ROWS.items()}))
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    start(main, parse(Settings, __doc__, limits={"batch_size": (0, None)}))

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common.settings import check, parse
+from common.settings import parse, require, start
 
 
 @dataclass
@@ -144,8 +144,8 @@ def make_metric_networks(folder: Path):
 
 def main(s: Settings):
     out = Path(s.out)
-    check({"--train and --val must be at least 2": min(s.train, s.val) >= 2,
-           f"{out} holds something already; choose another --out": not out.exists() or not any(out.iterdir())})
+    empty = not out.exists() or out.is_dir() and not any(out.iterdir())
+    require(empty, f"{out} holds something already; choose another --out")
     torch.manual_seed(s.seed)
     make_coco(out / "coco2017", s.train, s.val, s.seed)
     make_metric_networks(out / "torch" / "hub" / "checkpoints")
@@ -156,4 +156,4 @@ def main(s: Settings):
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    start(main, parse(Settings, __doc__, limits={"train": (2, None), "val": (2, None)}))

@@ -37,7 +37,7 @@ from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common.metrics import CategoryReader, caption_accuracy, drawn_objects, object_crops
+from common.mini import CategoryReader, caption_accuracy, drawn_objects, object_crops
 from common.sampling import reconstruct
 from data.draw_mini import draw_mini
 

@@ -1,10 +1,10 @@
-"""Latents and caption embeddings of a data set, computed once and kept on disk: the frozen parts are paid once."""
+"""Latents, caption embeddings and teacher predictions of a data set, computed once and kept: the frozen parts are paid once.
 
-import contextlib
-import errno
-import hashlib
+    python -m common.cache data/cache       # read every cached file whole and remove what is damaged
+"""
+
 import json
-import os
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -15,94 +15,89 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from common.coco import CocoCaptions, pictures
-from common.sampling import encode_captions, encode_pictures
+from common.coco import CocoCaptions, images
+from common.files import fingerprint, full_disk_is_one_line, reserve, write_atomically
+from common.sampling import encode_captions, encode_images
+from common.settings import require
+
+FORMAT = 2  # raise it with every change of the code that changes what is computed from the same inputs
+
+DEPENDS_ON = {  # the teacher's parts that each kind of cached thing is computed with
+    "pairs": ("vae", "text_encoder", "tokenizer"),
+    "store": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
+    "teacher images": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
+    "image features": (),
+    "reconstruction features": ("vae",),
+}
 
 
-def write_atomically(path: Path, content: bytes):
-    """Write a file so that a reader sees either the old one or the new one, whole."""
-    partial = Path(f"{path}.tmp-{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def cache_key(kind: str, teacher, *others) -> str:
+    """A hash of all that a cached thing of this `kind` depends on: the code's FORMAT, the weights and configs of the
+    teacher's parts that make it, and `others` (of a data set its `fingerprint()`, a network, options)."""
+    parts = [teacher.fingerprint(part) for part in DEPENDS_ON[kind]]
+    return fingerprint(FORMAT, kind, *parts, *others)
 
 
-def fingerprint(*parts) -> str:
-    """A short hash of modules (their weights), paths (file contents) and plain values."""
-    digest = hashlib.blake2b(digest_size=12)
-    for part in parts:
-        if isinstance(part, torch.nn.Module):
-            for name, weight in part.state_dict().items():
-                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().cpu().float().numpy().tobytes())
-        elif isinstance(part, Path):
-            digest.update(part.read_bytes())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
+# --- arrays on disk -------------------------------------------------------------------------------------------------
 
 
-def filled(folder: Path, name: str, shape: tuple, produce, unit: str) -> tuple[np.ndarray, dict]:
-    """The (rows, ...) fp16 array `<folder>/<name>.npy`, memory-mapped, and how it was made: `bad` rows, `seconds`.
+def cached_array(folder: Path, name: str, shape: tuple, produce, unit: str, dtype=np.float16) -> tuple[np.ndarray, dict]:
+    """The array `<folder>/<name>.npy` of `shape`, memory-mapped, and how it was made: `bad` rows, `seconds`.
 
     `produce(start)` yields (indices, end, values) from row `start`; how far it got is written after the data is on
-    disk, so a killed run goes on there. A file that is not what its checksum says is made again, and of two runs that
-    start at once the second waits. Raises SystemExit where the disk is full.
+    disk, so a killed run goes on there. Of two runs that start at once the second waits. Every start checks shape and size;
+    the checksum that is taken when a file is whole is for `damaged`. Raises SystemExit where the disk is full.
     """
-    path, done = folder / f"{name}.npy", folder / f"{name}.json"
+    path, record = folder / f"{name}.npy", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"), full_disk_is_one_line(folder, "what is cached is kept (or use --no-cache)"):
-        state = json.loads(done.read_text()) if done.is_file() and path.is_file() else {}
-        if state and not fits(path, shape):
-            state = {}
-        elif state.get("rows") == shape[0] and state.get("crc32") != checksum(path):
-            print(f"{path} is damaged; making it again")
-            state = {}
-        state = state or {"rows": 0, "bad": [], "seconds": 0.0, "crc32": 0}
+        state = {"rows": 0, "bad": [], "seconds": 0.0}
+        if record.is_file() and fits(path, shape, dtype):
+            state = json.loads(record.read_text("utf-8"))
         if state["rows"] < shape[0]:
-            array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=np.float16, shape=shape)
-            if not state["rows"]:
-                reserve(path)
-            began = time.perf_counter() - state["seconds"]
-
-            def keep():
-                if state["rows"] < shape[0]:  # what is whole is written below, with its checksum
-                    array.flush()
-                    state["seconds"] = time.perf_counter() - began
-                    write_atomically(done, json.dumps(state).encode())
-
-            with tqdm(total=shape[0], initial=state["rows"], desc=f"caching {name}", unit=unit) as bar:
-                try:
-                    for indices, end, values in produce(state["rows"]):
-                        array[indices] = values
-                        start, bad = state["rows"], sorted(set(range(state["rows"], end)) - set(indices))
-                        state.update(rows=end, bad=state["bad"] + bad)
-                        bar.update(end - start)
-                        if end // 8192 > start // 8192:
-                            keep()
-                except KeyboardInterrupt:
-                    keep()
-                    raise
-            state["bad"] += range(state["rows"], shape[0])  # the last batches held nothing that can be decoded
-            array.flush()
-            del array
-            state |= {"rows": shape[0], "seconds": time.perf_counter() - began, "crc32": checksum(path)}
-            write_atomically(done, json.dumps(state).encode())
+            fill(path, record, state, shape, produce, unit, dtype)
     return np.load(path, mmap_mode="r"), state
 
 
-def fits(path: Path, shape: tuple) -> bool:
+def fill(path: Path, record: Path, state: dict, shape: tuple, produce, unit: str, dtype):
+    """Compute the rows from `state["rows"]` on, and update `state`, on disk too."""
+    array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=dtype, shape=shape)
+    if not state["rows"]:
+        reserve(path)
+    began = time.perf_counter() - state["seconds"]
+
+    def keep():
+        array.flush()
+        state["seconds"] = time.perf_counter() - began
+        write_atomically(record, json.dumps(state).encode())
+
+    with tqdm(total=shape[0], initial=state["rows"], desc=f"caching {path.stem}", unit=unit) as bar:
+        try:
+            for indices, end, values in produce(state["rows"]):
+                array[indices] = values
+                start = state["rows"]
+                state["bad"] += sorted(set(range(start, end)) - set(indices))
+                state["rows"] = end
+                bar.update(end - start)
+                if end // 8192 > start // 8192 and end < shape[0]:
+                    keep()
+        except KeyboardInterrupt:
+            keep()
+            raise
+    state["bad"] += range(state["rows"], shape[0])  # the last batches held nothing that can be decoded
+    array.flush()
+    state["rows"], state["crc32"] = shape[0], checksum(path)
+    state["seconds"] = time.perf_counter() - began
+    write_atomically(record, json.dumps(state).encode())
+
+
+def fits(path: Path, shape: tuple, dtype) -> bool:
     """Whether the .npy file has this shape and all of its bytes."""
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError):
         return False
-    return array.shape == shape and array.dtype == np.float16
+    return array.shape == shape and array.dtype == dtype
 
 
 def checksum(path: Path) -> int:
@@ -113,65 +108,71 @@ def checksum(path: Path) -> int:
     return crc
 
 
-@contextlib.contextmanager
-def full_disk_is_one_line(folder: Path, kept: str):
-    """Turns "no space left" into SystemExit with a line that says what is `kept`."""
-    try:
-        yield
-    except OSError as error:
-        cause = error  # libraries raise errors of their own on top
-        while cause and getattr(cause, "errno", None) not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            cause = cause.__context__
-        if not cause:
-            raise
-        raise SystemExit(f"error: the disk of {folder} is full; free some space and run again, {kept}") from None
+def damaged(folder: Path) -> list[Path]:
+    """The finished arrays below `folder` that are not what their checksum says."""
+    found = []
+    for record in sorted(Path(folder).rglob("*.json")):
+        path, state = record.with_suffix(".npy"), json.loads(record.read_text("utf-8"))
+        if "crc32" in state and path.is_file() and checksum(path) != state["crc32"]:
+            found.append(path)
+    return found
 
 
-def reserve(path: Path):
-    """Claim the disk space of a file that was made with a hole in it: writing through a memory map onto a full disk would
-    end the process with a bus error, which nothing can catch."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+# --- training data --------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
     latents: torch.Tensor  # (B, 4, h, w) scaled
-    hidden: torch.Tensor  # (B, tokens, width) the text encoder's states of the captions
+    encoder_hidden_states: torch.Tensor  # (B, tokens, width) the text encoder's states of the captions
     noise: torch.Tensor  # (B, 4, h, w) standard normal
     timesteps: torch.Tensor  # (B,)
+    teacher_pred: torch.Tensor | None = None  # (B, 4, h, w) the teacher's prediction, where it was stored
+    dropout: float = 0.0  # the rate at which captions were dropped
 
 
 def draw_noise(rng: np.random.Generator, shape: tuple, chain: torch.Tensor, mine: slice, device):
     """Standard normal noise for latents of `shape` and timesteps out of `chain`, of which the share `mine` is returned."""
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))  # on the CPU: the same numbers for every device
     noise = torch.randn(shape, generator=generator)[mine]
     timesteps = chain[torch.randint(len(chain), shape[:1], generator=generator)[mine]]
     return noise.to(device), timesteps.to(device)
 
 
+def share_of(batch_size: int, share: int, shares: int) -> slice:
+    """Where share number `share` of a batch stands in it."""
+    size = batch_size // shares
+    return slice(share * size, (share + 1) * size)
+
+
 class TrainingPairs:
-    """(latents, caption embedding) pairs of a data set, from the cache or encoded on the fly.
+    """(latents, caption embedding) pairs of a data set, from the cache or, without a `folder`, encoded on the fly.
 
     `batch(indices, choices, mirrored)` gives latents (n, 4, h, w) and embeddings (n, tokens, width) on the device:
     picture `indices[i]`, left and right exchanged where `mirrored[i]`, with its caption number `choices[i]` modulo how
     many it has, or the empty caption where it is -1. With `flip`, `draw` mirrors half of the pictures.
-    Raises SystemExit where no picture can be decoded or the disk is full.
+    Of several `processes` each draws its share of a batch. Raises SystemExit where the disk is full, where more than
+    `max_broken` of the pictures cannot be used, or fewer than a batch takes can.
     """
 
-    def __init__(self, dataset: CocoCaptions, teacher, folder: Path | None, *, caption_gb: float, device, workers=0,
-                 flip: bool = False):
-        self.dataset, self.teacher, self.device, self.folder, self.flip = dataset, teacher, device, None, flip
-        self.usable, self._order = np.arange(len(dataset)), None
-        self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).to(device)
-        if folder is None:
-            return
-        folder_of = dataset.root / dataset.split
-        sizes = [(name, (folder_of / name).stat().st_size) for name in dataset.files]  # a mended picture is another one
-        key = fingerprint(dataset.annotations, dataset.split, dataset.size_px, sizes, teacher.vae, teacher.text_encoder)
-        self.folder = Path(folder) / f"pairs-{key}"
-        self._cache_latents(workers)
-        self._cache_captions(caption_gb)
+    def __init__(self, dataset: CocoCaptions, teacher, folder: Path | None, *, batch_size: int, seed: int, caption_gb: float,
+                 device, workers: int = 0, flip: bool = False, max_broken: float = 1.0, rank: int = 0, processes: int = 1):
+        self.dataset, self.teacher, self.device, self.flip = dataset, teacher, device, flip
+        self.batch_size, self.seed, self.rank, self.processes = batch_size, seed, rank, processes
+        self.usable, self.order_of_epoch = np.arange(len(dataset)), None
+        self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()  # (1, tokens, width)
+        require(batch_size % processes == 0, f"--batch-size must be a multiple of {processes}, the number of processes")
+        dataset.require_share(max_broken)
+        self._require_a_batch()
+        self.folder = None
+        if folder is not None:
+            self.folder = Path(folder) / f"pairs-{cache_key('pairs', teacher, dataset.fingerprint())}"
+            self._cache_latents(workers)
+            dataset.require_share(max_broken)
+            self._require_a_batch()
+            self._cache_captions(caption_gb)
+
+    def _require_a_batch(self):
+        require(self.batch_size <= len(self), f"--batch-size {self.batch_size} is more than the {len(self)} training pictures")
 
     def __len__(self) -> int:
         return len(self.usable)
@@ -180,128 +181,139 @@ class TrainingPairs:
     def _cache_latents(self, workers: int):
         """`self.latents`: one array of all pictures and, with `flip`, one of their mirror images."""
         side = self.dataset.size_px // self.teacher.vae_factor
+        shape, batch = (len(self.dataset), 4, side, side), 128
         self.latents = []
         for name in ("latents", "latents-mirrored")[: 1 + self.flip]:
-            def produce(start, mirrored=name == "latents-mirrored", batch=128):
-                for stacked, indices in pictures(self.dataset, batch, workers, start):
-                    end = min(len(self.dataset), (indices[0] - start) // batch * batch + start + batch)
-                    stacked = stacked.flip(3) if mirrored else stacked
-                    yield indices, end, encode_pictures(self.teacher.vae, stacked).cpu().numpy()
+            def produce(start, mirrored=name == "latents-mirrored"):
+                for stacked, indices in images(self.dataset, batch, workers, start):
+                    batches_before = (indices[0] - start) // batch
+                    end = min(len(self.dataset), start + batch * (batches_before + 1))
+                    latents = encode_images(self.teacher.vae, stacked.flip(3) if mirrored else stacked)
+                    yield indices, end, latents.float().cpu().numpy()  # numpy knows no bf16
 
-            array, made = filled(self.folder, name, (len(self.dataset), 4, side, side), produce, "img")
+            array, made = cached_array(self.folder, name, shape, produce, "img")
             self.latents.append(array)
-        if made["bad"]:
-            self.usable = np.setdiff1d(self.usable, made["bad"])
-            for i in made["bad"]:
-                self.dataset.skip("cannot be decoded", self.dataset.files[i])
-        if not len(self.usable):
-            raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
+        self.usable = np.setdiff1d(self.usable, made["bad"])
+        for i in made["bad"]:
+            self.dataset.skip("cannot be decoded", self.dataset.files[i])
 
     @torch.no_grad()
     def _cache_captions(self, caption_gb: float):
         """Distinct captions, the first ones of all pictures first, as many as fit into `caption_gb`."""
-        rounds = max(len(c) for c in self.dataset.captions)
-        order = dict.fromkeys(c[k] for k in range(rounds) for c in self.dataset.captions if k < len(c))
-        row_bytes = self.empty[0].numel() * 2
-        texts = list(order)[: int(caption_gb * 1e9 / row_bytes)]
+        rounds = max(len(captions) for captions in self.dataset.captions)
+        in_turn = (captions[k] for k in range(rounds) for captions in self.dataset.captions if k < len(captions))
+        distinct = list(dict.fromkeys(in_turn))
+        bytes_each = self.empty.numel() * 2
+        texts = distinct[: int(caption_gb * 1e9 / bytes_each)]
         self.row_of = {text: row for row, text in enumerate(texts)}
-        if not texts:
-            self.embeddings = None
-            return
+        self.embeddings = None
+        if texts:
+            def produce(start, batch=256):
+                for i in range(start, len(texts), batch):
+                    part = texts[i : i + batch]
+                    states = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, part)
+                    yield list(range(i, i + len(part))), i + len(part), states.float().cpu().numpy()
 
-        def produce(start, batch=256):
-            for i in range(start, len(texts), batch):
-                part = texts[i : i + batch]
-                hidden = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, part)
-                yield list(range(i, i + len(part))), i + len(part), hidden.float().cpu().numpy()
+            shape = (len(texts), *self.empty.shape[1:])
+            self.embeddings, _ = cached_array(self.folder, f"captions-{len(texts)}", shape, produce, "cap")
+        if len(texts) < len(distinct) and self.rank == 0:
+            print(f"{len(texts):,} of {len(distinct):,} captions are cached; the rest are encoded on the fly")
 
-        shape = (len(texts), *self.empty.shape[1:])
-        self.embeddings, _ = filled(self.folder, f"captions-{len(texts)}", shape, produce, "cap")
-        if len(texts) < len(order):
-            print(f"{len(texts):,} of {len(order):,} captions are cached; the rest are encoded on the fly")
-
-    def draw(self, step: int, batch_size: int, dropout: float, seed: int, *, chain: torch.Tensor | None = None,
-             part: int = 0, parts: int = 1) -> Batch:
+    def draw(self, step: int, dropout: float, *, chain: torch.Tensor | None = None, part: int = 0, parts: int = 1) -> Batch:
         """The batch of one step. It depends on (seed, step) alone, so a resumed run repeats the unbroken one.
 
         Pictures come in a new order each epoch, each with one of its captions, or the empty one at rate `dropout`, at
-        timesteps out of `chain` (all of the noise schedule's). Of `parts` equal shares only share `part` is returned.
+        timesteps out of `chain` (all of the noise schedule's). It is this process's share, or one of its `parts`.
         """
-        indices, rng = self.indices(step, batch_size, seed), np.random.default_rng([seed, 1, step])
-        choices = np.where(rng.random(batch_size) < dropout, -1, rng.integers(0, 60, batch_size))
-        mirrored = rng.random(batch_size) < 0.5 if self.flip else np.zeros(batch_size, bool)
-        mine = slice(batch_size // parts * part, batch_size // parts * (part + 1))
-        latents, hidden = self.batch(indices[mine], choices[mine], mirrored[mine])
+        rng = np.random.default_rng([self.seed, 1, step])
+        mine = share_of(self.batch_size, self.rank * parts + part, self.processes * parts)
+        dropped = rng.random(self.batch_size) < dropout
+        choices = np.where(dropped, -1, rng.integers(0, 60, self.batch_size))
+        mirrored = rng.random(self.batch_size) < 0.5 if self.flip else np.zeros(self.batch_size, bool)
+        latents, encoder_hidden_states = self.batch(self.indices(step)[mine], choices[mine], mirrored[mine])
         if chain is None:
             chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
-        return Batch(latents, hidden, *draw_noise(rng, (batch_size, *latents.shape[1:]), chain, mine, self.device))
+        shape = (self.batch_size, *latents.shape[1:])
+        noise, timesteps = draw_noise(rng, shape, chain, mine, self.device)
+        return Batch(latents, encoder_hidden_states, noise, timesteps, dropout=dropout)
+
+    def indices(self, step: int) -> np.ndarray:
+        """(B,) which of the pictures a step takes, over all processes."""
+        epoch, place = divmod(step, len(self) // self.batch_size)
+        if self.order_of_epoch is None or self.order_of_epoch[0] != epoch:
+            self.order_of_epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return self.order_of_epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
 
     def batch(self, indices: np.ndarray, choices: np.ndarray, mirrored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.usable[indices]
         if self.folder is None:
-            indices, found = zip(*map(self._picture, indices))
-            stacked = torch.stack([p.flip(2) if m else p for p, m in zip(found, mirrored)])
-            with torch.no_grad():
-                latents = encode_pictures(self.teacher.vae, stacked)
+            indices, latents = self._encode(indices, mirrored)
         else:
-            latents = torch.from_numpy(np.stack([self.latents[int(m)][i] for i, m in zip(indices, mirrored)])).to(self.device)
-        texts = ["" if k < 0 else self.dataset.captions[i][k % len(self.dataset.captions[i])]
-                 for i, k in zip(indices, choices)]
-        hidden = self.empty.repeat(len(texts), 1, 1)
-        cached = [] if self.folder is None or self.embeddings is None else [
-            (i, self.row_of[t]) for i, t in enumerate(texts) if t in self.row_of]
+            rows = [self.latents[int(mirror)][i] for i, mirror in zip(indices, mirrored)]
+            latents = torch.from_numpy(np.stack(rows)).to(self.device)
+        texts = []
+        for i, choice in zip(indices, choices):
+            captions = self.dataset.captions[i]
+            texts.append("" if choice < 0 else captions[choice % len(captions)])
+        return latents.float(), self.embed(texts)
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """(n, tokens, width) float32: from the cache where it has them, the rest encoded now."""
+        states = self.empty.repeat(len(texts), 1, 1)
+        row_of = {} if self.folder is None else self.row_of
+        cached = [i for i, text in enumerate(texts) if text in row_of]
+        live = [i for i, text in enumerate(texts) if text and text not in row_of]
         if cached:
-            places, rows = zip(*cached)
-            hidden[list(places)] = torch.from_numpy(self.embeddings[list(rows)]).to(hidden)
-        live = sorted({i for i, t in enumerate(texts) if t} - {i for i, _ in cached})
+            rows = [row_of[texts[i]] for i in cached]
+            states[cached] = torch.from_numpy(self.embeddings[rows]).to(states)
         if live:
-            hidden[live] = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, [texts[i] for i in live])
-        return latents.float(), hidden.float()
+            encoded = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, [texts[i] for i in live])
+            states[live] = encoded.to(states)
+        return states
 
-    def indices(self, step: int, batch_size: int, seed: int) -> np.ndarray:
-        """(B,) which of the pictures step takes."""
-        epoch, place = divmod(step, len(self) // batch_size)
-        if self._order is None or self._order[0] != (seed, epoch):
-            self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
-        return self._order[1][place * batch_size : (place + 1) * batch_size]
-
-    def _picture(self, i: int) -> tuple[int, torch.Tensor]:
-        """Picture i, or the next one that can be decoded, and which that is (a cache leaves such pictures out)."""
-        for j in range(len(self.dataset)):
-            index = (i + j) % len(self.dataset)
-            picture = self.dataset[index]
-            if picture is not None:
-                return index, picture
-        raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
+    @torch.no_grad()
+    def _encode(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[list[int], torch.Tensor]:
+        """Latents without a cache. A picture that cannot be decoded is replaced by the next one that can."""
+        found, pixels = [], []
+        for i, mirror in zip(indices, mirrored):
+            nearest = ((i + k) % len(self.dataset) for k in range(len(self.dataset)))
+            index, image = next(((j, x) for j in nearest if (x := self.dataset[j]) is not None), (None, None))
+            if image is None:
+                raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
+            found.append(index)
+            pixels.append(image.flip(2) if mirror else image)
+        return found, encode_images(self.teacher.vae, torch.stack(pixels))
 
 
 class TeacherStore:
-    """The teacher's predictions for `draws` fixed draws of caption, timestep and noise of every training picture.
+    """The teacher's predictions for fixed draws of caption, timestep and noise of every training picture.
 
     Written once to the cache, next to the latents, and read by every later run, whatever its student: then no teacher
     runs in training at all. A prediction takes as many bytes as a latent (512 at 64 px). Draw k of picture i depends
-    on (k, i) alone; its caption is dropped at rate `dropouts[k]`.
+    on (k, i) alone; its caption is dropped at rate `dropouts[k]`. Of `steps` training steps draw k serves the k-th part.
     """
 
-    def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float]):
-        """`predict(noisy, timesteps, hidden)` is the teacher's pass, called for what is not in the cache yet."""
-        self.pairs, self.dropouts, self.stored = pairs, dropouts, []
+    def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float], steps: int):
+        """`predict(noisy, batch)` is the teacher's pass, called for what is not in the cache yet."""
+        self.pairs, self.dropouts, self.steps, self.stored = pairs, dropouts, steps, []
         self.seconds = 0.0  # that it took to make, now or in an earlier run
-        teacher_key = fingerprint(pairs.teacher.unet)
+        teacher = pairs.teacher
         # a CPU that multiplies in bf16 does so faster (3 x at SD-1.5's size), at an error (about 1 %) far below the student's
-        bf16 = pairs.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        can_bf16 = pairs.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        in_bf16 = can_bf16 and teacher.unet.dtype == torch.float32
         for k, dropout in enumerate(dropouts):
-            def produce(start, k=k, batch=128):
-                for i in range(start, len(pairs), batch):
-                    indices = np.arange(i, min(i + batch, len(pairs)))
-                    latents, hidden, noise, timesteps = self.fixed(k, indices)
-                    noisy = pairs.teacher.noise_scheduler.add_noise(latents, noise, timesteps)
-                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                        prediction = predict(noisy, timesteps, hidden)
-                    yield indices.tolist(), int(indices[-1]) + 1, prediction.float().cpu().numpy()
+            def produce(start, k=k, batch_size=128):
+                for i in range(start, len(pairs), batch_size):
+                    indices = np.arange(i, min(i + batch_size, len(pairs)))
+                    batch = self.fixed(k, indices)
+                    noisy = teacher.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+                    with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+                        predicted = predict(noisy, batch)
+                    yield indices.tolist(), int(indices[-1]) + 1, predicted.float().cpu().numpy()
 
-            name = f"teacher-{teacher_key}-{k}-{dropout:.4f}{'-flip' * pairs.flip}{'-bf16' * bf16}"
-            array, made = filled(pairs.folder, name, (len(pairs), *pairs.latents[0].shape[1:]), produce, "img")
+            key = cache_key("store", teacher, pairs.dataset.fingerprint(), k, dropout, pairs.flip, in_bf16)
+            shape = (len(pairs), *pairs.latents[0].shape[1:])
+            array, made = cached_array(pairs.folder, f"teacher-{k}-{key}", shape, produce, "img")
             self.stored.append(array)
             self.seconds += made["seconds"]
 
@@ -315,17 +327,25 @@ class TeacherStore:
             timesteps.append(rng.integers(self.pairs.teacher.noise_scheduler.config.num_train_timesteps))
             noise.append(rng.standard_normal(shape, dtype=np.float32))
             mirrored.append(self.pairs.flip and rng.random() < 0.5)
-        latents, hidden = self.pairs.batch(indices, np.array(choices), np.array(mirrored))
+        latents, encoder_hidden_states = self.pairs.batch(indices, np.array(choices), np.array(mirrored))
         device = self.pairs.device
-        return Batch(latents, hidden, torch.from_numpy(np.stack(noise)).to(device), torch.tensor(timesteps, device=device))
+        noise = torch.from_numpy(np.stack(noise)).to(device)
+        return Batch(latents, encoder_hidden_states, noise, torch.tensor(timesteps, device=device), dropout=self.dropouts[k])
 
-    def serving(self, step: int, steps: int) -> int:
-        """Which draw a step takes: draw k serves the k-th part of the training."""
-        return step * len(self.stored) // steps
+    def draw(self, step: int, dropout: float = 0.0, *, part: int = 0, parts: int = 1) -> Batch:
+        """The batch of one step, or this process's share of it, as `TrainingPairs.draw` gives it, with `teacher_pred`.
+        The rate at which its captions were dropped is the draw's, whatever `dropout` is."""
+        pairs = self.pairs
+        k = step * len(self.stored) // self.steps
+        mine = share_of(pairs.batch_size, pairs.rank * parts + part, pairs.processes * parts)
+        indices = pairs.indices(step)[mine]
+        teacher_pred = torch.from_numpy(self.stored[k][indices]).float().to(pairs.device)
+        return self.fixed(k, indices)._replace(teacher_pred=teacher_pred)
 
-    def draw(self, step: int, steps: int, batch_size: int, seed: int, *, part: int = 0,
-             parts: int = 1) -> tuple[Batch, torch.Tensor]:
-        """The batch of one step, or share `part` of `parts` of it, and the teacher's prediction (B, 4, h, w)."""
-        share = batch_size // parts
-        k, indices = self.serving(step, steps), self.pairs.indices(step, batch_size, seed)[part * share : (part + 1) * share]
-        return self.fixed(k, indices), torch.from_numpy(self.stored[k][indices]).float().to(self.pairs.device)
+
+if __name__ == "__main__":
+    broken = damaged(Path(sys.argv[1] if len(sys.argv) > 1 else "data/cache"))
+    for path in broken:
+        print(f"{path} is damaged: removed, the next run makes it again")
+        path.unlink()
+    print(f"{len(broken)} damaged files")

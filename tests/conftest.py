@@ -1,65 +1,124 @@
-"""What several tests use: the repository's root on the path, the drawn set, the embedded teacher, tiny folders."""
+"""What several tests use: scripts as modules and as runs, drawn sets, the embedded teacher, folders of the session's own."""
 
+import contextlib
 import importlib.util
+import io
 import json
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from PIL import Image
 
 import common  # noqa: F401
+
+# isort: split
+import diffusers
+import transformers
+
+import data.draw_mini as drawing
 from common.teacher import load_teacher
-from data.draw_mini import Painter, annotations, draw_mini, plan_set
+
+TEACHER = ROOT / "checkpoints" / "mini-teacher"
+
+
+@contextlib.contextmanager
+def path_of(script: Path):
+    """sys.path as it is while the script runs, and afterwards as it was."""
+    before = list(sys.path)
+    sys.path.insert(0, str(script.parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def script(path: str):
     """A version's script as a module; their names are no identifiers."""
-    sys.path.insert(0, str((ROOT / path).parent))
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_").replace(".", "_"), ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path.pop(0)
-    return module
+    name = path.replace("/", "_").replace(".", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        with path_of(ROOT / path):
+            spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def run(path: str, *arguments) -> SimpleNamespace:
+    """`python path arguments` in this process, which has loaded the libraries already: returncode, stdout, stderr.
+
+    Any other end than a SystemExit is a failure of the test.
+    """
+    code, printed, errors = 0, io.StringIO(), io.StringIO()
+    libraries = [library.utils.logging for library in (diffusers, transformers)]
+    verbosity = [logging.get_verbosity() for logging in libraries]
+    with path_of(ROOT / path), warnings.catch_warnings(), mock.patch.object(sys, "argv", [path, *map(str, arguments)]), \
+            contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+            if isinstance(code, str):
+                code = print(code, file=sys.stderr) or 1
+        finally:
+            for logging, level in zip(libraries, verbosity):
+                logging.set_verbosity(level)
+                logging.enable_progress_bar()
+    return SimpleNamespace(returncode=code, stdout=printed.getvalue(), stderr=errors.getvalue())
+
+
+def run_apart(*arguments, **options) -> subprocess.CompletedProcess:
+    """`python arguments` in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, **options)
+
+
+def refusal(path: str, *arguments) -> str:
+    """The line with which a script refuses what it was given."""
+    done = run(path, *arguments)
+    last = done.stderr.rstrip("\n").splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: "), done.stdout + done.stderr
+    return last
 
 
 def lines(out: Path) -> list[dict]:
     """A run's metrics.jsonl, of which every line must be whole."""
-    return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(x) for x in (out / "metrics.jsonl").read_bytes().decode("utf-8").splitlines()]
 
 
 @pytest.fixture(scope="session")
 def mini():
-    return draw_mini()
+    """The whole drawn set, which takes half a minute: for slow tests."""
+    return drawing.draw_mini()
 
 
 @pytest.fixture(scope="session")
 def teacher():
-    return load_teacher(str(ROOT / "checkpoints" / "mini-teacher"), torch.device("cpu"))
+    return load_teacher(str(TEACHER), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """The session's own --cache-folder."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def make_small_set(root: Path) -> Path:
-    """A COCO-format folder of 48 training and 16 validation scenes."""
-    (root / "annotations").mkdir(parents=True)
-    scenes, painter = plan_set(64), Painter()
-    for split, part, first in (("train", scenes[:48], 1), ("val", scenes[48:], 49)):
-        (root / split).mkdir()
-        captions, _ = annotations(part, first)
-        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(captions))
-        for image, (scene, _) in zip(captions["images"], part):
-            Image.fromarray(painter.paint(scene)).save(root / split / image["file_name"])
-    return root
+    """48 training and 16 validation scenes, drawn as data/mini is, so that `--mini --data` takes them too."""
+    with mock.patch.dict(drawing.SPLITS, train=48, val=16), contextlib.redirect_stderr(io.StringIO()):
+        return drawing.draw_mini(root)
 
 
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory):
-    return make_small_set(tmp_path_factory.mktemp("small set"))
+    return make_small_set(tmp_path_factory.mktemp("drawn") / "small set")
 
 
 @pytest.fixture

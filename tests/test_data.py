@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions, load_image
-from common.sampling import encode_captions, encode_pictures
+from common.sampling import encode_captions, encode_images
 from data import download_coco
 from data.draw_mini import CATEGORIES, SIZE_PX, Painter, annotations, article, draw_mini, plan_set
 
@@ -67,6 +67,16 @@ def test_captions_are_true():
                 assert right < left
 
 
+def test_pycocotools_reads_a_drawn_set(small_set):
+    from pycocotools.coco import COCO
+
+    coco = COCO(str(small_set / "annotations" / "instances_val.json"))
+    assert coco.getImgIds() == list(range(49, 65)) and coco.loadCats([17])[0]["name"] == "cat"
+    train = json.loads((small_set / "annotations" / "captions_train.json").read_text("utf-8"))
+    assert len(train["images"]) == 48 and len(train["annotations"]) == 5 * 48
+
+
+@pytest.mark.slow
 def test_pycocotools_reads_the_set(mini):
     from pycocotools.coco import COCO
 
@@ -119,23 +129,27 @@ def test_missing_data_names_both_ways_on(tmp_path):
         CocoCaptions(tmp_path, "train2017", 64)
 
 
+def pairs_of(dataset, teacher, folder, **options) -> TrainingPairs:
+    options = dict(batch_size=8, seed=0, caption_gb=1, device=torch.device("cpu")) | options
+    return TrainingPairs(dataset, teacher, folder, **options)
+
+
 def test_cache_equals_encoding_on_the_fly(small_set, teacher, tmp_path):
     data = CocoCaptions(small_set, "train", 32)
-    device = torch.device("cpu")
-    cached = TrainingPairs(data, teacher, tmp_path, caption_gb=1, device=device, flip=True)
+    cached = pairs_of(data, teacher, tmp_path, flip=True)
     some = 30 * 24 * 128 * 2 / 1e9  # 30 captions
-    partly = TrainingPairs(data, teacher, tmp_path / "b", caption_gb=some, device=device, flip=True)
-    live = TrainingPairs(data, teacher, None, caption_gb=0, device=device)
+    partly = pairs_of(data, teacher, tmp_path / "b", caption_gb=some, flip=True)
+    live = pairs_of(data, teacher, None, caption_gb=0)
     indices, choices, mirrored = np.array([0, 5, 47]), np.array([2, -1, 63]), np.array([False, True, False])
-    latents, hidden = live.batch(indices, choices, mirrored)
-    want = encode_pictures(teacher.vae, torch.stack([data[0], data[5].flip(2), data[47]]))
+    latents, states = live.batch(indices, choices, mirrored)
+    want = encode_images(teacher.vae, torch.stack([data[0], data[5].flip(2), data[47]]))
     torch.testing.assert_close(latents, want)
     texts = [data.captions[0][2], "", data.captions[47][3]]
-    torch.testing.assert_close(hidden, encode_captions(teacher.text_encoder, teacher.tokenizer, texts))
+    torch.testing.assert_close(states, encode_captions(teacher.text_encoder, teacher.tokenizer, texts))
     for pairs in (cached, partly):
         found = pairs.batch(indices, choices, mirrored)
         torch.testing.assert_close(found[0], latents, atol=5e-3, rtol=2e-3)
-        torch.testing.assert_close(found[1], hidden, atol=5e-3, rtol=2e-3)
+        torch.testing.assert_close(found[1], states, atol=5e-3, rtol=2e-3)
 
 
 def test_a_mended_picture_is_read(small_set, teacher, tmp_path):
@@ -145,7 +159,38 @@ def test_a_mended_picture_is_read(small_set, teacher, tmp_path):
     for content, count in ((whole[:200], 47), (whole, 48)):
         file.write_bytes(content)
         data = CocoCaptions(tmp_path / "set", "train", 32)
-        assert len(TrainingPairs(data, teacher, tmp_path / "cache", caption_gb=1, device=torch.device("cpu"))) == count
+        assert len(pairs_of(data, teacher, tmp_path / "cache")) == count
+
+
+def test_a_step_draws_the_same_batch_whoever_draws_it(small_set, teacher, tmp_path):
+    """Again, in parts, or as several processes: noise, pictures and captions are those of (seed, step)."""
+    data, chain = CocoCaptions(small_set, "train", 32), torch.tensor([100, 900])
+    whole = pairs_of(data, teacher, tmp_path).draw(3, 0.3, chain=chain)
+    again = pairs_of(data, teacher, tmp_path).draw(3, 0.3, chain=chain)
+    shares = [pairs_of(data, teacher, tmp_path, rank=rank, processes=2).draw(3, 0.3, chain=chain, part=part, parts=2)
+              for rank in range(2) for part in range(2)]
+    for field in ("latents", "encoder_hidden_states", "noise", "timesteps"):
+        assert torch.equal(getattr(whole, field), getattr(again, field))
+        assert torch.equal(getattr(whole, field), torch.cat([getattr(share, field) for share in shares]))
+    assert set(whole.timesteps.tolist()) == {100, 900} and whole.dropout == 0.3 and whole.teacher_pred is None
+    other = pairs_of(data, teacher, tmp_path, seed=1).draw(3, 0.3)
+    assert not torch.equal(other.noise, whole.noise) and not torch.equal(other.latents, whole.latents)
+
+
+def test_captions_are_dropped_at_their_rate(small_set, teacher, tmp_path):
+    pairs = pairs_of(CocoCaptions(small_set, "train", 32), teacher, tmp_path, batch_size=48)
+    for rate, low, high in ((0.0, 0, 0), (0.3, 40, 75), (1.0, 192, 192)):  # of 192: 57.6 expected, six sigmas are 38
+        dropped = sum(torch.equal(states, pairs.empty[0])
+                      for step in range(4) for states in pairs.draw(step, rate).encoder_hidden_states)
+        assert low <= dropped <= high
+
+
+def test_a_batch_of_more_pictures_than_there_are_is_one_line(small_set, teacher, tmp_path):
+    data = CocoCaptions(small_set, "train", 32)
+    with pytest.raises(SystemExit, match="^error: --batch-size 49 is more than the 48 training pictures"):
+        pairs_of(data, teacher, tmp_path, batch_size=49)
+    with pytest.raises(SystemExit, match="^error: --batch-size must be a multiple of 3"):
+        pairs_of(data, teacher, tmp_path, processes=3)
 
 
 def test_drawing_never_replaces_another_folder(tmp_path):
@@ -157,13 +202,12 @@ def test_drawing_never_replaces_another_folder(tmp_path):
 
 
 def test_flip_mirrors_about_half_of_a_batch(small_set, teacher, tmp_path):
-    data, device = CocoCaptions(small_set, "train", 32), torch.device("cpu")
-    pairs = TrainingPairs(data, teacher, tmp_path, caption_gb=1, device=device, flip=True)
-    latents, indices = pairs.draw(0, 48, 0.1, seed=0).latents, pairs.indices(0, 48, 0)
+    pairs = pairs_of(CocoCaptions(small_set, "train", 32), teacher, tmp_path, batch_size=48, flip=True)
+    latents, indices = pairs.draw(0, 0.1).latents, pairs.indices(0)
     plain, mirrored = ((latents == torch.from_numpy(kind[indices]).float()).flatten(1).all(1) for kind in pairs.latents)
     assert (plain ^ mirrored).all() and 12 <= mirrored.sum() <= 36
-    store = TeacherStore(pairs, lambda noisy, *_: noisy, [0.1])
-    assert store.draw(0, 1, 48, seed=0)[0].latents.shape == latents.shape
+    store = TeacherStore(pairs, lambda noisy, batch: noisy, [0.1], 1)
+    assert store.draw(0).latents.shape == latents.shape
 
 
 def test_download_resumes_checks_and_unpacks_safely(tmp_path, monkeypatch):
@@ -215,29 +259,34 @@ def test_archives_cannot_write_outside(tmp_path):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_store_holds_the_teachers_predictions_and_is_paid_once(small_set, teacher, tmp_path, monkeypatch, bf16):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
-    pairs = TrainingPairs(CocoCaptions(small_set, "train", 32), teacher, tmp_path, caption_gb=1, device=torch.device("cpu"))
+    pairs = pairs_of(CocoCaptions(small_set, "train", 32), teacher, tmp_path)
     calls = []
 
-    def predict(noisy, timesteps, hidden):
+    def predict(noisy, batch):
         calls.append(len(noisy))
         with torch.no_grad():
-            return teacher.unet(noisy, timesteps, hidden).sample
+            return teacher.unet(noisy, batch.timesteps, batch.encoder_hidden_states).sample
 
-    TeacherStore(pairs, predict, [0.0, 1.0])
+    TeacherStore(pairs, predict, [0.0, 1.0], 10)
     assert sum(calls) == 2 * 48
-    store = TeacherStore(pairs, predict, [0.0, 1.0])
+    store = TeacherStore(pairs, predict, [0.0, 1.0], 10)
     assert sum(calls) == 2 * 48  # the second run reads what the first one wrote
+    assert store.seconds > 0
     for step, dropped in ((1, False), (9, True)):  # draw k serves the k-th part of ten steps
-        batch, prediction = store.draw(step, 10, 8, seed=0)
-        indices = pairs.indices(step, 8, 0)
+        batch = store.draw(step, 0.5)
+        indices = pairs.indices(step)
         torch.testing.assert_close(batch.latents, torch.from_numpy(np.array(pairs.latents[0][indices])).float())
-        assert all(torch.equal(h, pairs.empty[0]) for h in batch.hidden) == dropped
+        assert all(torch.equal(states, pairs.empty[0]) for states in batch.encoder_hidden_states) == dropped
+        assert batch.dropout == float(dropped)  # the draw's own rate
         noisy = teacher.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        want = predict(noisy, batch.timesteps, batch.hidden)
+        want = predict(noisy, batch)
         if bf16:
-            assert 1e-4 < (prediction - want).norm() / want.norm() < 0.02
+            assert 1e-4 < (batch.teacher_pred - want).norm() / want.norm() < 0.02
         else:
-            torch.testing.assert_close(prediction, want, atol=5e-3, rtol=2e-3)
+            torch.testing.assert_close(batch.teacher_pred, want, atol=5e-3, rtol=2e-3)
+        parts = [store.draw(step, part=part, parts=2) for part in range(2)]
+        assert torch.equal(torch.cat([part.teacher_pred for part in parts]), batch.teacher_pred)
+        assert torch.equal(torch.cat([part.noise for part in parts]), batch.noise)
     noise = torch.cat([store.fixed(0, np.array([i])).noise for i in range(48)])
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert not torch.equal(store.fixed(0, np.array([3])).noise, store.fixed(1, np.array([3])).noise)

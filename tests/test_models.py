@@ -1,15 +1,20 @@
-"""Slicing, EMA, sampling and metrics against independent references."""
+"""Slicing, sampling and metrics against independent references."""
 
+import json
+
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import TEACHER
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from common.ema import EMA
-from common.metrics import EffNetLite0, caption_accuracy, frechet_distance, kernel_distance, load_reader
+from common.metrics import frechet_distance, kernel_distance
+from common.mini import EffNetLite0, caption_accuracy, drawn_objects, load_reader
 from common.sampling import sample
-from common.teacher import load_teacher, slice_unet, spread, student_config
+from common.slicing import even_channels, slice_unet, student_config
+from common.teacher import load_teacher
+from data.draw_mini import Painter, annotations, plan_set
 
 
 def predictions(*unets):
@@ -25,9 +30,9 @@ def test_a_student_of_the_teachers_shape_is_the_teacher(teacher):
     assert (a - b).abs().max() < 1e-5
 
 
-def test_spread_takes_equally_from_groups_heads_and_halves():
+def test_even_channels_takes_equally_from_groups_heads_and_halves():
     for wide, narrow, parts in ((1280, 320, 32), (640, 352, 32), (320, 160, 8), (1024, 256, 2)):
-        picked = spread(wide, narrow)
+        picked = even_channels(wide, narrow)
         counts = torch.bincount(picked // (wide // parts), minlength=parts)
         assert len(set(picked.tolist())) == narrow and (counts == narrow // parts).all()
 
@@ -37,9 +42,9 @@ def test_slice_keeps_both_parts_of_a_concatenated_input(teacher):
     # up block 0, resnet 2 reads [160 channels from below, 128 of the skip]; the student [48, 32]
     wide = teacher.unet.up_blocks[0].resnets[2].norm1.weight
     narrow = student.up_blocks[0].resnets[2].norm1.weight
-    want = torch.cat([wide[:160][spread(160, 48)], wide[160:][spread(128, 32)]])
+    want = torch.cat([wide[:160][even_channels(160, 48)], wide[160:][even_channels(128, 32)]])
     torch.testing.assert_close(narrow.detach(), want)
-    picked = teacher.unet.conv_out.weight[:, spread(64, 16)] * (64 / 16) ** 0.5
+    picked = teacher.unet.conv_out.weight[:, even_channels(64, 16)] * (64 / 16) ** 0.5
     torch.testing.assert_close(student.conv_out.weight.detach(), picked)
 
 
@@ -78,33 +83,16 @@ def test_impossible_students_are_refused(teacher, channels, layers):
 
 
 def test_a_teacher_that_is_not_there_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable was read at the import
     with pytest.raises(SystemExit, match="no diffusers pipeline folder"):
         load_teacher(str(tmp_path), torch.device("cpu"))
     with pytest.raises(SystemExit, match="--mini"):
         load_teacher("nobody/no-such-model", torch.device("cpu"))
 
 
-def test_ema_against_its_closed_form():
-    model, decay = torch.nn.Linear(1, 1, bias=False), 0.9
-    ema = EMA(model, decay)
-    values, want = np.linspace(-1, 2, 400), model.weight.item()
-    for step, value in enumerate(values):
-        model.weight.data.fill_(value)
-        ema.update(model, step)
-        d = min(decay, (1 + step) / (10 + step))
-        want = d * want + (1 - d) * value
-    assert abs(ema.shadow[0].item() - want) < 1e-5
-    # with d constant and weights growing by h a step the average lags by h d / (1 - d)
-    assert abs(values[-1] - want - (values[1] - values[0]) * decay / (1 - decay)) < 1e-6
-    with ema.applied(model):
-        assert abs(model.weight.item() - want) < 1e-5
-    assert abs(model.weight.item() - values[-1]) < 1e-6 and abs(ema.shadow[0].item() - want) < 1e-5
-
-
 @pytest.mark.parametrize("sampler, scheduler", [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
 def test_sampling_equals_diffusers_pipeline(teacher, sampler, scheduler):
-    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "checkpoints" / "mini-teacher", safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(TEACHER, safety_checker=None)
     pipeline.scheduler = scheduler.from_config(teacher.noise_scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     captions = ["a large cat on the left on the grass", "a cup to the left of a clock at night"]
@@ -144,12 +132,14 @@ def test_kernel_distance_against_torchmetrics():
     assert abs(poly_mmd(a, b, 3, None, 1.0).item() - want) < 1e-9
 
 
-def test_perceptual_distance_and_features(mini):
-    from PIL import Image
+def paint(scenes) -> torch.Tensor:
+    """(N, 3, 32, 32) uint8."""
+    painter = Painter()
+    return torch.stack([torch.from_numpy(painter.paint(scene)).permute(2, 0, 1) for scene, _ in scenes])
 
-    network = EffNetLite0()
-    pictures = torch.stack([torch.from_numpy(np.asarray(Image.open(p)).copy()).permute(2, 0, 1)
-                            for p in sorted((mini / "val").iterdir())[:3]])
+
+def test_perceptual_distance_and_features():
+    network, pictures = EffNetLite0(), paint(plan_set(3))
     with torch.no_grad():
         assert network.distance(pictures, pictures).abs().max() == 0
         assert network.distance(pictures, pictures.flip(0))[0] > 0.1
@@ -160,14 +150,12 @@ def test_perceptual_distance_and_features(mini):
     assert [m.shape[1] for m in maps] == [16, 24, 40, 112, 320]
 
 
-def test_the_category_reader_reads_validation_pictures(mini):
-    from common.coco import CocoCaptions
-    from common.metrics import drawn_objects
-
-    reader = load_reader(ROOT / "checkpoints" / "mini-teacher")
-    data = CocoCaptions(mini, "val", 32, limit=600)
-    objects, names = drawn_objects(mini / "annotations" / "instances_val.json", data.image_ids)
-    pictures = torch.stack([data[i] for i in range(len(data))])
+def test_the_category_reader_reads_validation_pictures(tmp_path):
+    scenes = plan_set(24_600)[24_000:]  # the first 600 of data/mini's validation split
+    _, instances = annotations(scenes, 24_001)
+    (tmp_path / "instances.json").write_text(json.dumps(instances), "utf-8")
+    objects, names = drawn_objects(tmp_path / "instances.json", list(range(24_001, 24_601)))
+    reader, pictures = load_reader(TEACHER), paint(scenes)
     one, both, in_place = caption_accuracy(reader, pictures, objects)
     assert len(names) == 60 and min(one, both, in_place) >= 0.95
     swapped = caption_accuracy(reader, pictures, [o[::-1] for o in objects])
@@ -175,6 +163,6 @@ def test_the_category_reader_reads_validation_pictures(mini):
 
 
 def test_the_shipped_teacher_loads_as_a_stock_pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "checkpoints" / "mini-teacher", safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(TEACHER, safety_checker=None)
     assert tuple(pipeline.unet.config.block_out_channels) == (64, 96, 128, 160)
     assert {p.dtype for m in (pipeline.unet, pipeline.text_encoder, pipeline.vae) for p in m.parameters()} == {torch.float32}

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.cache import TrainingPairs, filled
-from common.coco import CocoCaptions, load_image
+from common.cache import TrainingPairs, cached_array, damaged
+from common.coco import CocoCaptions
+from common.images import load_image
 from common.teacher import load_teacher
 
 CASES = int(os.environ.get("FUZZ_CASES", 200))
@@ -103,12 +104,12 @@ def test_a_decompression_bomb_is_no_picture(folder, monkeypatch):
 
 def test_too_many_broken_pictures_stop_with_one_line(small_set):
     dataset = CocoCaptions(small_set, "train", 32)
-    dataset.check_share(0.0)
+    dataset.require_share(0.0)
     for name in ("a.jpg", "b.jpg"):
         dataset.skip("cannot be decoded", name)
-    dataset.check_share(2 / 50)
+    dataset.require_share(2 / 50)
     with pytest.raises(SystemExit, match="2 of 50 .*a.jpg .cannot be decoded"):
-        dataset.check_share(0.03)
+        dataset.require_share(0.03)
 
 
 def test_a_picture_outside_the_folder_is_not_read(folder, tmp_path):
@@ -133,33 +134,38 @@ def count_up(calls):
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no record", "other shape"])
 def test_a_damaged_cache_is_made_again(tmp_path, damage):
     calls = []
-    want = np.array(filled(tmp_path, "x", (50, 4), count_up(calls), "row")[0])
+    want = np.array(cached_array(tmp_path, "x", (50, 4), count_up(calls), "row")[0])
     assert len(calls) == 5
     path, record = tmp_path / "x.npy", tmp_path / "x.json"
     content = path.read_bytes()
     if damage == "cut":
         path.write_bytes(content[:-8])
-    elif damage == "changed":
+    elif damage == "changed":  # what only the checksum finds, on demand
+        assert damaged(tmp_path) == []
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert damaged(tmp_path) == [path]
+        done = run_apart("-m", "common.cache", tmp_path)
+        assert done.returncode == 0 and f"{path} is damaged" in done.stdout and "1 damaged files" in done.stdout, done.stderr
+        assert not path.exists() and damaged(tmp_path) == []
     elif damage == "gone":
         path.unlink()
     elif damage == "no record":
         record.unlink()
     else:
         np.save(path, np.zeros((50, 2), np.float16))
-    found, _ = filled(tmp_path, "x", (50, 4), count_up(calls), "row")
+    found, _ = cached_array(tmp_path, "x", (50, 4), count_up(calls), "row")
     assert np.array_equal(found, want) and len(calls) == 10
-    filled(tmp_path, "x", (50, 4), count_up(calls), "row")
+    cached_array(tmp_path, "x", (50, 4), count_up(calls), "row")
     assert len(calls) == 10
 
 
 def test_two_runs_that_start_at_once_make_one_cache(tmp_path):
     program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport time, numpy as np\nfrom pathlib import Path\n"
-               "from common.cache import filled\n"
+               "from common.cache import cached_array\n"
                "def produce(start):\n    for i in range(start, 50):\n"
                "        print('made', flush=True)\n        time.sleep(0.01)\n"
                "        yield [i], i + 1, np.full((1, 4), i, np.float16)\n"
-               f"a, _ = filled(Path({str(tmp_path)!r}), 'x', (50, 4), produce, 'row')\n"
+               f"a, _ = cached_array(Path({str(tmp_path)!r}), 'x', (50, 4), produce, 'row')\n"
                "assert (a[:, 0] == np.arange(50)).all()\n")
     runs = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     made = [run.communicate()[0].count("made") for run in runs]
@@ -181,9 +187,9 @@ def test_workers_may_be_spawned_and_paths_hold_spaces_and_letters(small_set, tmp
     os.rename(small_set, root)
     try:
         program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
-                   "from common.coco import CocoCaptions, pictures\n"
+                   "from common.coco import CocoCaptions, images\n"
                    "if __name__ == '__main__':\n    torch.multiprocessing.set_start_method('spawn')\n"
-                   f"    found = [i for _, indices in pictures(CocoCaptions({str(root)!r}, 'train', 32), 16, workers=2) "
+                   f"    found = [i for _, indices in images(CocoCaptions({str(root)!r}, 'train', 32), 16, workers=2) "
                    "for i in indices]\n    assert found == list(range(48))\n")
         (tmp_path / "program.py").write_text(program, "utf-8")
         done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True)
@@ -194,21 +200,22 @@ def test_workers_may_be_spawned_and_paths_hold_spaces_and_letters(small_set, tmp
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_after(small_set, teacher, small_disk):
     disk, grow = small_disk
-    pairs = CocoCaptions(small_set, "train", 32)
+    dataset = CocoCaptions(small_set, "train", 32)
+    options = dict(batch_size=8, seed=0, caption_gb=1, device=torch.device("cpu"))
     with pytest.raises(SystemExit, match="disk .* is full"):
-        TrainingPairs(pairs, teacher, disk, caption_gb=1, device=torch.device("cpu"))
+        TrainingPairs(dataset, teacher, disk, **options)
     grow()
-    assert len(TrainingPairs(pairs, teacher, disk, caption_gb=1, device=torch.device("cpu"))) == 48
+    assert len(TrainingPairs(dataset, teacher, disk, **options)) == 48
 
 
 def test_ctrl_c_while_caching_is_one_line_and_loses_nothing(tmp_path):
-    program = ("import numpy as np; from pathlib import Path; from common.cache import filled\n"
+    program = ("import numpy as np; from pathlib import Path; from common.cache import cached_array\n"
                "def produce(start):\n"
                "    print('from', start)\n"
                "    for i in range(start, 6):\n"
                "        if i == stop: raise KeyboardInterrupt\n"
                "        yield [i], i + 1, np.full((1, 2), i)\n"
-               f"print(filled(Path({str(tmp_path)!r}), 'x', (6, 2), produce, 'row')[0][:, 0].tolist())")
+               f"print(cached_array(Path({str(tmp_path)!r}), 'x', (6, 2), produce, 'row')[0][:, 0].tolist())")
     stopped, again = (subprocess.run([sys.executable, "-c", f"stop = {stop}\n{program}"], capture_output=True, text=True,
                                      cwd=ROOT) for stop in (4, -1))
     assert stopped.returncode != 0 and "stopped; what was saved is kept" in stopped.stderr and "Traceback" not in stopped.stderr

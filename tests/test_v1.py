@@ -1,12 +1,15 @@
 """V-1's formulas: chains, progressive distillation on a known Gaussian, feature matching."""
 
+from unittest import mock
+
 import pytest
 import torch
 from conftest import script
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
-from common.features import ConvProjection, FeatureMatching
-from common.teacher import slice_unet, spread, student_config
+from common.cache import Batch
+from common.features import ConvProjection, FeatureMatching, StudentWithFeatures, hook_both
+from common.slicing import even_channels, slice_unet, student_config
 
 v1 = script("v1/1.py")
 
@@ -31,10 +34,28 @@ def test_stages_take_their_shares():
     assert v1.stage_starts(10, (1, 1)) == [0, 5]
 
 
+class BestOfAGaussian(torch.nn.Module):
+    """The best noise prediction for x_0 ~ N(0, s2): sigma z / v with v = alpha^2 s2 + sigma^2. Called as a U-Net is."""
+
+    def __init__(self, alphas_cumprod: torch.Tensor, s2: float):
+        super().__init__()
+        self.alphas_cumprod, self.s2 = alphas_cumprod, s2
+        self.any = torch.nn.Parameter(torch.zeros((), dtype=alphas_cumprod.dtype))  # tells in what precision it computes
+
+    def forward(self, noisy, timesteps, encoder_hidden_states, return_dict=True):
+        assert not return_dict and noisy.dtype == encoder_hidden_states.dtype == self.any.dtype
+        a = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return ((1 - a).sqrt() * noisy / (a * self.s2 + 1 - a),)
+
+
 @pytest.mark.parametrize("stride", [40, 8, 4])
 def test_two_steps_of_a_known_gaussian_have_their_closed_form(teacher, stride):
-    """For x_0 ~ N(0, s^2) the best noise prediction is sigma z / v with v = alpha^2 s^2 + sigma^2, so a DDIM step
-    multiplies z by (alpha alpha' s^2 + sigma sigma') / v."""
+    """A DDIM step of the best prediction multiplies z by (alpha alpha' s^2 + sigma sigma') / v.
+
+    All is float64 but for what `predict_noise` hands out, float32 by contract. Solving for x_0 divides by
+    alpha_end - sigma_end / sigma alpha, which is small for neighbouring steps, and its rounding grows by as much: that is the
+    tolerance, and where both predictions are left in float64 it is the 1e-9 that it always was.
+    """
     abar, s2 = teacher.noise_scheduler.alphas_cumprod.double(), 0.7**2
 
     def parts(t):
@@ -45,20 +66,28 @@ def test_two_steps_of_a_known_gaussian_have_their_closed_form(teacher, stride):
         (alpha, sigma), (alpha_next, sigma_next) = parts(t), parts(t_next)
         return (alpha * alpha_next * s2 + sigma * sigma_next) / (alpha**2 * s2 + sigma**2)
 
-    def best(z, t, hidden):
-        alpha, sigma = parts(t)
-        return sigma * z / (alpha**2 * s2 + sigma**2)
-
     t = v1.chain_timesteps(teacher.noise_scheduler, 1000 // stride)
     z = torch.randn(len(t), 4, 2, 2, dtype=torch.float64)
-    target = v1.two_step_target(best, z, t, None, stride, abar)
+    batch = Batch(z, torch.zeros(len(t), 1, 1), z, t)
     z_end = factor(t, t - stride // 2) * factor(t - stride // 2, t - stride) * z
     alpha, sigma = parts(t)
     alpha_end, sigma_end = parts(t - stride)
     x0 = (z_end - sigma_end / sigma * z) / (alpha_end - sigma_end / sigma * alpha)
-    assert torch.allclose(target, (z - alpha * x0) / sigma, rtol=1e-9, atol=1e-9)
+    want = (z - alpha * x0) / sigma
+    unet = BestOfAGaussian(abar, s2)
+
+    def exactly(unet, noisy, batch):  # `predict_noise` without its .float()
+        return unet(noisy, batch.timesteps, batch.encoder_hidden_states.double(), return_dict=False)[0]
+
+    with mock.patch.object(v1, "predict_noise", exactly):
+        target = v1.two_step_target(unet, z, batch, stride, abar)
+    assert torch.allclose(target, want, rtol=1e-9, atol=1e-9)
     one_step = v1.ddim_step(z, target, alpha**2, alpha_end**2)
     assert torch.allclose(one_step, z_end, rtol=1e-7, atol=1e-9)
+
+    rounded = v1.two_step_target(unet, z, batch, stride, abar)
+    assert torch.allclose(rounded, want, rtol=0, atol=1e-5), (rounded - want).abs().max()
+    assert torch.allclose(v1.ddim_step(z, rounded, alpha**2, alpha_end**2), z_end, rtol=0, atol=1e-5)
 
 
 def test_weights_turn_epsilon_errors_into_those_of_each_target():
@@ -76,41 +105,83 @@ def test_weights_turn_epsilon_errors_into_those_of_each_target():
 def test_conv_projection_starts_as_the_slicing_map():
     projection = ConvProjection(4, 8)
     features = torch.randn(2, 4, 3, 3)
-    assert torch.equal(projection(features)[:, spread(8, 4)], features)
+    assert torch.equal(projection(features)[:, even_channels(8, 4)], features)
 
 
-def test_a_sliced_students_features_start_nearer_to_the_teachers_than_random_ones(teacher):
+@pytest.fixture
+def no_hooks_left(teacher):
+    """The session's teacher loses the hooks that a test leaves in it."""
+    yield
+    for module in teacher.unet.modules():
+        module._forward_hooks.clear()
+
+
+def test_a_sliced_students_features_start_nearer_to_the_teachers_than_random_ones(teacher, no_hooks_left):
     config = student_config(teacher.unet, (32, 48, 64, 80), 2)
     torch.manual_seed(0)
     students = {"sliced": slice_unet(teacher.unet, config), "random": UNet2DConditionModel(**config)}
-    noisy, t, hidden = torch.randn(8, 4, 8, 8), torch.randint(1000, (8,)), torch.randn(8, 24, 128)
+    noisy, t, states = torch.randn(8, 4, 8, 8), torch.randint(1000, (8,)), torch.randn(8, 24, 128)
     distance = {}
     for name, student in students.items():
-        matching = FeatureMatching(student.eval(), teacher.unet, ("down_blocks.0", "up_blocks.3"), torch.nn.functional.mse_loss)
+        in_student, in_teacher = hook_both(student.eval(), teacher.unet, ("down_blocks.0", "up_blocks.3"))
         with torch.no_grad():
-            teacher.unet(noisy, t, hidden), student(noisy, t, hidden)
+            teacher.unet(noisy, t, states), student(noisy, t, states)
+        student_features, teacher_features = in_student.take(), in_teacher.take()
+        assert student_features.keys() == teacher_features.keys() == {"down_blocks.0", "up_blocks.3"}
         distance[name] = []
-        for block in matching.pairs:
-            ours, theirs = matching.caught["student", block], matching.caught["teacher", block]
-            theirs = theirs[:, spread(theirs.shape[1], ours.shape[1])]  # projected by the map that ConvProjection starts as
+        for block, ours in student_features.items():
+            theirs = teacher_features[block]
+            # projected by the map that ConvProjection starts as
+            theirs = theirs[:, even_channels(theirs.shape[1], ours.shape[1])]
             distance[name].append(1 - torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), 0).item())
-        for unet in (student, teacher.unet):
-            for module in unet.modules():
-                module._forward_hooks.clear()
+        for module in teacher.unet.modules():
+            module._forward_hooks.clear()
     assert all(s < 0.9 * r for s, r in zip(distance["sliced"], distance["random"])), distance
 
 
-def test_feature_loss_of_a_network_with_itself_is_zero_and_in_the_teachers_units(teacher):
+def test_feature_loss_of_a_network_with_itself_is_zero_and_in_the_teachers_units(teacher, no_hooks_left):
     student = slice_unet(teacher.unet, dict(teacher.unet.config)).eval()
-    matching = FeatureMatching(student, teacher.unet, ("mid_block", "up_blocks.1.resnets.0"), torch.nn.functional.mse_loss)
-    noisy, t, hidden = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 24, 128)
+    in_student, in_teacher = hook_both(student, teacher.unet, ("mid_block", "up_blocks.1.resnets.0"))
+    noisy, t, states = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 24, 128)
     with torch.no_grad():
-        student(noisy, t, hidden), teacher.unet(noisy, t, hidden)
-        matching.build()
-        assert matching().item() < 1e-8
-        student(noisy, t, hidden), teacher.unet(noisy, t, hidden)
-        for block in matching.pairs:
-            matching.caught["student", block] = torch.zeros_like(matching.caught["student", block])
-        assert abs(matching().item() - 1) < 1e-4  # nothing at all is one unit away
-    for module in teacher.unet.modules():
-        module._forward_hooks.clear()
+        student(noisy, t, states), teacher.unet(noisy, t, states)
+        ours, theirs = in_student.take(), in_teacher.take()
+        matching = FeatureMatching(ours, theirs, torch.nn.functional.mse_loss)
+        assert matching(ours, theirs).item() < 1e-8
+        nothing = {block: torch.zeros_like(values) for block, values in ours.items()}
+        assert abs(matching(nothing, theirs).item() - 1) < 1e-4  # nothing at all is one unit away
+    assert in_student.take() == {} == in_teacher.take()  # handed out once
+
+
+def test_a_picture_is_measured_in_units_of_its_own(teacher, no_hooks_left):
+    """So a batch's loss is the mean of its pictures' losses, however it is split."""
+    theirs = {"a": torch.randn(3, 8, 4, 4) * torch.tensor([1.0, 10, 100]).view(3, 1, 1, 1)}
+    ours = {"a": torch.randn(3, 4, 4, 4)}
+    matching = FeatureMatching(ours, theirs, torch.nn.functional.mse_loss)
+    whole = matching(ours, theirs)
+    single = [matching({"a": ours["a"][i : i + 1]}, {"a": theirs["a"][i : i + 1]}) for i in range(3)]
+    torch.testing.assert_close(whole, torch.stack(single).mean())
+    projected, error = matching.projections["a"](ours["a"]), 0.0
+    for i in range(3):
+        error += (projected[i] - theirs["a"][i]).square().mean() / theirs["a"][i].square().mean() / 3
+    torch.testing.assert_close(whole, error)
+
+
+def test_the_students_up_blocks_are_matched_with_the_teachers_of_the_same_level(teacher, no_hooks_left):
+    student = slice_unet(teacher.unet, student_config(teacher.unet, (64,), 2, mid_block=False)).eval()
+    blocks = ("down_blocks.0.attentions.1", "up_blocks.0")
+    both = StudentWithFeatures(student, teacher.unet, blocks, torch.nn.functional.mse_loss, torch.zeros(1, 24, 128))
+    caught = {}
+    for block in ("down_blocks.0.attentions.1", "up_blocks.3"):  # the teacher has three levels more
+        module = dict(teacher.unet.named_modules())[block]
+        module.register_forward_hook(lambda *of, block=block: caught.update(
+            {block: of[2][0] if isinstance(of[2], tuple) else of[2]}))
+    noisy, t, states = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 24, 128)
+    with torch.no_grad():
+        teacher.unet(noisy, t, states)
+        features = both.teacher_hooks.take()
+        assert torch.equal(features["up_blocks.0"], caught["up_blocks.3"])
+        noise_pred, feature_loss = both(noisy, t, states, features)
+        torch.testing.assert_close(noise_pred, student(noisy, t, states).sample)
+        torch.testing.assert_close(feature_loss, both.matching(both.student_hooks.take(), features))
+    assert feature_loss.isfinite() and feature_loss > 0

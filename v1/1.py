@@ -16,17 +16,27 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 
-from common.features import match_features
-from common.settings import parse
-from common.training import Learner, evaluate, finish, prepare
+from common.cache import Batch, TrainingPairs
+from common.coco import CocoCaptions
+from common.features import StudentWithFeatures
+from common.files import fingerprint, from_root, make_folder
+from common.metrics import Evaluator
+from common.mini import caption_scores
+from common.report import finish, summary
+from common.run import Run
+from common.settings import parse, require, start
+from common.slicing import slice_unet, student_config
+from common.teacher import DDPMScheduler, UNet2DConditionModel, load_teacher
+from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from data.draw_mini import draw_mini
 
 
 @dataclass
@@ -59,14 +69,14 @@ class Settings:
     chains: tuple[int, ...] = (1000, 250, 125, 50, 25)  # steps of the DDPM chain in each stage, over the whole noise range
     stage_percent: tuple[int, ...] = (60, 10, 10, 10, 10)  # share of the training steps that each stage takes
     progressive: bool = False  # two steps of the chain before become one (arXiv 2202.00512) in every shortened stage
-    target: str = "epsilon"  # with --progressive, whose error is minimised: epsilon, x0, v, or truncated (max(SNR, 1))
+    target: Literal["epsilon", "x0", "v", "truncated"] = "epsilon"  # with --progressive: whose error counts
     # feature matching
-    loss: str = "mse"  # mse or smooth_l1, of the noise and of the features
+    loss: Literal["mse", "smooth_l1"] = "mse"  # of the noise and of the features
     feature_weight: float = 0.1  # of the features' loss; 0: the teacher is not run at all
     feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1.attentions.1", "up_blocks.0", "up_blocks.1")
     # evaluation
-    features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
-    sampler: str = "ddpm"  # ddpm or ddim
+    features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -75,7 +85,7 @@ class Settings:
     eval_batch: int = 100  # pictures sampled at a time
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: str = "auto"  # of autocast: auto, fp32, fp16 or bf16
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen parts and of autocast around the student
     cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
     cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
@@ -97,7 +107,6 @@ MINI = dict(  # the student is the teacher's outermost level, whole
 
 
 LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
-TARGETS = ("epsilon", "x0", "v", "truncated")
 
 
 # --- the progressive schedule ---------------------------------------------------------------------------------------
@@ -128,18 +137,18 @@ def ddim_step(z: torch.Tensor, noise_pred: torch.Tensor, a: torch.Tensor, a_next
 
 
 @torch.no_grad()
-def two_step_target(predict, z: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, stride: int,
-                    alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """The noise that makes one DDIM step from `timesteps` to `timesteps - stride` land where `predict(z, t, hidden)` lands
+def two_step_target(unet, z: torch.Tensor, batch: Batch, stride: int, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """The noise that makes one DDIM step from `batch.timesteps` to `batch.timesteps - stride` land where those of `unet` land
     in two (arXiv 2202.00512, section 3 and appendix G). The chain ends at timestep 0's noise, as Stable Diffusion's does.
     """
     def level(t):
         return alphas_cumprod[t.clamp(min=0)].view(-1, 1, 1, 1)
 
-    middle, end = timesteps - stride // 2, timesteps - stride
-    a, a_middle, a_end = level(timesteps), level(middle), level(end)
-    z_middle = ddim_step(z, predict(z, timesteps, hidden), a, a_middle)
-    z_end = ddim_step(z_middle, predict(z_middle, middle.clamp(min=0), hidden), a_middle, a_end)
+    middle, end = batch.timesteps - stride // 2, batch.timesteps - stride
+    a, a_middle, a_end = level(batch.timesteps), level(middle), level(end)
+    z_middle = ddim_step(z, predict_noise(unet, z, batch), a, a_middle)
+    pred_middle = predict_noise(unet, z_middle, batch._replace(timesteps=middle.clamp(min=0)))
+    z_end = ddim_step(z_middle, pred_middle, a_middle, a_end)
     ratio = ((1 - a_end) / (1 - a)).sqrt()
     x0 = (z_end - ratio * z) / (a_end.sqrt() - ratio * a.sqrt())
     return (z - a.sqrt() * x0) / (1 - a).sqrt()
@@ -157,61 +166,108 @@ def epsilon_weight(target: str, a: torch.Tensor) -> torch.Tensor:
 
 
 def main(s: Settings):
-    world = prepare(s, {
-        "--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1,
-        "--feature-weight must not be negative": s.feature_weight >= 0,
-        f"--loss must be one of {', '.join(LOSSES)}": s.loss in LOSSES,
-        f"--target must be one of {', '.join(TARGETS)}": s.target in TARGETS,
-        "--chains must lie in 1..1000 and not rise": all(1 <= c <= 1000 for c in s.chains)
-            and list(s.chains) == sorted(s.chains, reverse=True),
-        "--chains must divide 1000": all(1000 % c == 0 for c in s.chains),
-        "--progressive needs chains that halve after the first that is shortened, such as --chains 1000,200,100,50,25":
-            not s.progressive or all(a == 2 * b for a, b in zip(s.chains, s.chains[1:]) if a < 1000),
-        "--stage-percent must give each of --chains a share": len(s.stage_percent) == len(s.chains)
-            and min(s.stage_percent) > 0,
-    })
-    teacher, student, device = world.teacher, world.student, world.device
-    noise_scheduler, loss_of = teacher.noise_scheduler, LOSSES[s.loss]
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+    falling = list(s.chains) == sorted(s.chains, reverse=True)
+    in_range = s.chains and all(1 <= chain <= 1000 for chain in s.chains)
+    require(in_range and falling, "--chains must lie in 1..1000 and not rise")
+    require(all(1000 % chain == 0 for chain in s.chains), "--chains must divide 1000")
+    halving = all(a == 2 * b for a, b in zip(s.chains, s.chains[1:]) if a < 1000)
+    require(halving or not s.progressive, "--progressive needs chains that halve after the first that is shortened, such as "
+            "--chains 1000,200,100,50,25")
+    shares = len(s.stage_percent) == len(s.chains) and min(s.stage_percent) > 0
+    require(shares, "--stage-percent must give each of --chains a share")
+    accelerator = start_accelerator(s.device)
+    dtype = pick_dtype(s.dtype, accelerator.device)
+    run = Run(s.out, s, s.resume, accelerator)
+    torch.manual_seed(s.seed)
+
+    # data and teacher
+    data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
+    train_set = CocoCaptions(data, s.train_split, s.resolution)
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
+    teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
+    noise_scheduler = teacher.noise_scheduler
+
+    # the student's start
+    config = student_config(teacher.unet, s.channels, s.layers, s.groups, s.mid_block)
+    config["sample_size"] = teacher.latent_side(s.resolution)
+    student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
+    student.to(accelerator.device)
+    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint("unet")))
+
+    # what is computed once: the evaluation's frozen side, latents and caption embeddings
+    cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
+    sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
+                    batch=s.eval_batch)
+    more_scores = caption_scores(teacher.name, val_set, accelerator.device) if s.mini else None
+    evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
+                          workers=s.workers, more_scores=more_scores)
+    pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, batch_size=s.batch_size, seed=s.seed,
+                          caption_gb=s.cache_gb, device=accelerator.device, workers=s.workers, flip=s.flip,
+                          max_broken=s.max_broken, rank=accelerator.process_index, processes=accelerator.num_processes)
+    accelerator.print(summary(student, teacher, pairs, val_set))
+
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     chains = [chain_timesteps(noise_scheduler, length) for length in s.chains]
     starts = stage_starts(s.steps, s.stage_percent)
-
-    extra = torch.nn.ModuleDict()  # checkpointed with the student, not kept
+    loss_of, with_features, chain_before, also_saved = LOSSES[s.loss], None, None, {}
     if s.progressive:  # the student as the stage before left it
-        extra["chain_before"] = copy.deepcopy(student).requires_grad_(False)
+        chain_before = copy.deepcopy(student).eval().requires_grad_(False)
+        also_saved["chain_before"] = chain_before
     if s.feature_weight:
-        extra["matching"] = matching = match_features(world, s.feature_blocks, loss_of)
-    learner = Learner(world, s, extra)
+        with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks, loss_of, pairs.empty)
 
-    for step in world.run.steps(learner, s, "V-1", lambda step, count: evaluate(world, learner, step, count)):
+    trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
+                      warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
+                      also_saved=also_saved)
+    first_step = trainer.restore(run.folder) if s.resume else 0
+    run.begin("V-1", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    for step in range(first_step, s.steps):
+        if due(step, s.eval_every) and step not in run.evaluated:
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples))
+
         stage = max(k for k, first in enumerate(starts) if first <= step)
-        chain, halve = chains[stage], s.progressive and 2 * s.chains[stage] <= len(alphas_cumprod)
+        chain, length = chains[stage], s.chains[stage]
         if s.progressive and step == starts[stage]:
-            with learner.ema.applied(student):
-                extra["chain_before"].load_state_dict(student.state_dict())
+            chain_before.load_state_dict(trainer.ema_student.state_dict())
+        batch = pairs.draw(step, s.caption_dropout, chain=chain)
+        noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
 
-        latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed, chain=chain)
-        noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-
-        with world.autocast():
-            noise_pred = student(noisy, timesteps, hidden, return_dict=False)[0].float()
-            feature_loss, target, weight = torch.zeros((), device=device), noise, torch.ones((), device=device)
+        with trainer.autocast():
+            target, weight = batch.noise, torch.ones((), device=accelerator.device)
+            if s.progressive and 2 * length <= len(alphas_cumprod):
+                before = teacher.unet if stage == 0 else chain_before
+                stride = len(alphas_cumprod) // length
+                target = two_step_target(before, noisy, batch, stride, alphas_cumprod)
+                weight = epsilon_weight(s.target, alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1))
             if s.feature_weight:
-                world.teacher_pred(noisy, timesteps, hidden)
-                feature_loss = matching()
-            if halve:
-                predict = world.teacher_pred if stage == 0 else lambda *of: extra["chain_before"](*of).sample.float()
-                target = two_step_target(predict, noisy, timesteps, hidden, len(alphas_cumprod) // s.chains[stage],
-                                         alphas_cumprod)
-                weight = epsilon_weight(s.target, alphas_cumprod[timesteps].view(-1, 1, 1, 1))
+                with torch.no_grad():
+                    predict_noise(teacher.unet, noisy, batch)
+                teacher_features = with_features.teacher_hooks.take()
+                noise_pred, feature_loss = trainer.model(
+                    noisy, batch.timesteps, batch.encoder_hidden_states, teacher_features)
+            else:
+                noise_pred = predict_noise(trainer.model, noisy, batch)
+                feature_loss = torch.zeros((), device=accelerator.device)
         noise_loss = (weight * loss_of(noise_pred, target, reduction="none")).mean()
         loss = noise_loss + s.feature_weight * feature_loss
+        lr = trainer.lr
+        trainer.step(loss)  # backward, clip, AdamW, OneCycleLR, EMA
 
-        world.run.report(loss=loss, noise_loss=noise_loss, feature_loss=feature_loss, lr=learner.lr, chain=len(chain))
-        learner.step(loss, step)
+        done = step + 1
+        run.log_step(done, trainer, loss=loss, noise_loss=noise_loss, feature_loss=feature_loss, lr=lr, chain=len(chain))
+        stopping = run.stop_requested(done)
+        if stopping or due(done, s.save_every) or done == s.steps:
+            run.save(trainer)
+        if stopping:
+            run.leave(done)
 
-    finish(world, learner, s, "V-1")
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples)
+    run.record(s.steps, evaluation)
+    teacher_scores = evaluator.teacher_scores(s.final_samples)
+    if accelerator.is_main_process:
+        finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, teacher_scores,
+               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution)
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__, MINI))
+    start(main, parse(Settings, __doc__, MINI))

@@ -11,14 +11,26 @@ autoencoder and text encoder have made the latents and as many caption embedding
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch
 import torch.nn.functional as F
 
-from common.settings import parse
-from common.training import Learner, evaluate, finish, let_teacher_go, prepare
+from common.cache import TrainingPairs
+from common.coco import CocoCaptions
+from common.files import fingerprint, from_root, make_folder
+from common.metrics import Evaluator
+from common.mini import caption_scores
+from common.report import finish, summary
+from common.run import Run
+from common.settings import parse, start
+from common.slicing import slice_unet, student_config
+from common.teacher import UNet2DConditionModel, load_teacher
+from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from data.draw_mini import draw_mini
 
 
 @dataclass
@@ -48,8 +60,8 @@ class Settings:
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
-    features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
-    sampler: str = "ddpm"  # ddpm or ddim
+    features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -58,7 +70,7 @@ class Settings:
     eval_batch: int = 100  # pictures sampled at a time
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
-    dtype: str = "auto"  # of autocast: auto, fp32, fp16 or bf16
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen parts and of autocast around the student
     cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
     cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
@@ -79,24 +91,72 @@ MINI = dict(  # the student is the teacher's outermost level, whole
 
 
 def main(s: Settings):
-    world = prepare(s, {"--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1})
-    student, noise_scheduler = world.student, world.teacher.noise_scheduler
-    learner = Learner(world, s)
-    let_teacher_go(world, s)
+    accelerator = start_accelerator(s.device)
+    dtype = pick_dtype(s.dtype, accelerator.device)
+    run = Run(s.out, s, s.resume, accelerator)
+    torch.manual_seed(s.seed)
 
-    for step in world.run.steps(learner, s, "V-2.1", lambda step, count: evaluate(world, learner, step, count)):
-        latents, hidden, noise, timesteps = world.pairs.draw(step, s.batch_size, s.caption_dropout, s.seed)
-        noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
+    # data and teacher
+    data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
+    train_set = CocoCaptions(data, s.train_split, s.resolution)
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
+    teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
+    noise_scheduler = teacher.noise_scheduler
 
-        with world.autocast():
-            noise_pred = student(noisy, timesteps, hidden, return_dict=False)[0].float()
-        loss = F.mse_loss(noise_pred, noise)
+    # the student's start
+    config = student_config(teacher.unet, s.channels, s.layers, s.groups, s.mid_block)
+    config["sample_size"] = teacher.latent_side(s.resolution)
+    student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
+    student.to(accelerator.device)
+    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint("unet")))
 
-        world.run.report(loss=loss, lr=learner.lr)
-        learner.step(loss, step)
+    # what is computed once: the evaluation's frozen side, latents and caption embeddings
+    cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
+    sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
+                    batch=s.eval_batch)
+    more_scores = caption_scores(teacher.name, val_set, accelerator.device) if s.mini else None
+    evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
+                          workers=s.workers, more_scores=more_scores)
+    pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, batch_size=s.batch_size, seed=s.seed,
+                          caption_gb=s.cache_gb, device=accelerator.device, workers=s.workers, flip=s.flip,
+                          max_broken=s.max_broken, rank=accelerator.process_index, processes=accelerator.num_processes)
+    accelerator.print(summary(student, teacher, pairs, val_set))
+    if s.eval_every:
+        evaluator.teacher_images(s.eval_samples)
+    evaluator.teacher_images(s.final_samples)
+    teacher.unet = None  # nothing asks it from here on: its memory is free
 
-    finish(world, learner, s, "V-2.1")
+    trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
+                      weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
+    first_step = trainer.restore(run.folder) if s.resume else 0
+    run.begin("V-2.1", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    for step in range(first_step, s.steps):
+        if due(step, s.eval_every) and step not in run.evaluated:
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples))
+
+        batch = pairs.draw(step, s.caption_dropout)
+        noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
+        with trainer.autocast():
+            noise_pred = predict_noise(trainer.model, noisy, batch)  # (B, 4, h, w)
+        loss = F.mse_loss(noise_pred, batch.noise)
+        lr = trainer.lr
+        trainer.step(loss)  # backward, clip, AdamW, OneCycleLR, EMA
+
+        done = step + 1
+        run.log_step(done, trainer, loss=loss, lr=lr)
+        stopping = run.stop_requested(done)
+        if stopping or due(done, s.save_every) or done == s.steps:
+            run.save(trainer)
+        if stopping:
+            run.leave(done)
+
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples)
+    run.record(s.steps, evaluation)
+    teacher_scores = evaluator.teacher_scores(s.final_samples)
+    if accelerator.is_main_process:
+        finish(run.folder, "V-2.1", trainer.ema_student, teacher, evaluation, teacher_scores,
+               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution)
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__, MINI))
+    start(main, parse(Settings, __doc__, MINI))

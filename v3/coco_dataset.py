@@ -16,22 +16,32 @@ import webdataset as wds
 from PIL import Image
 
 from common.cache import Batch, draw_noise
-from common.coco import load_image
-from common.sampling import encode_captions, encode_pictures
+from common.coco import captions_of, load_image
+from common.sampling import encode_captions, encode_images
+from common.settings import require
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+# all that Pillow opens, the usual ones first: a sample may also hold, say, features in .h5, which Pillow claims to open
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", *sorted(name[1:] for name in Image.registered_extensions()))
 
 
 def find_shards(pattern: str) -> list[str]:
     """The tar files of a folder or a glob pattern, sorted. Raises SystemExit where there is none."""
-    found = sorted(glob.glob(str(Path(pattern) / "*.tar") if Path(pattern).is_dir() else pattern))
-    if not found:
-        raise SystemExit(f"error: no .tar shards at {pattern}; make them with python v3/data.py")
-    return found
+    place = Path(pattern)
+    if place.is_dir():
+        found = place.glob("*.tar")
+    elif place.is_file():
+        found = [place]
+    elif place.parent.is_dir():  # so that only the last part is a pattern: a folder's name may hold [ and ]
+        found = place.parent.glob(place.name)
+    else:
+        found = glob.glob(pattern)
+    shards = sorted(map(str, found))
+    require(shards, f"no .tar shards at {pattern}; make them with python v3/data.py")
+    return shards
 
 
 def samples(shards: list[str], on_error=wds.warn_and_continue):
-    """The samples of tar files, in order: dicts from extension to bytes, with `__key__`."""
+    """The samples of tar files, in order: dicts from lower-case extension to bytes, with `__key__`."""
     def opened():  # not by webdataset, which takes the drive letter of a Windows path for a protocol
         for shard in shards:
             try:
@@ -45,34 +55,36 @@ def samples(shards: list[str], on_error=wds.warn_and_continue):
     return wds.tariterators.group_by_keys(files, handler=on_error)
 
 
-def captions_of(sample: dict) -> list[str]:
-    """`captions` (or `caption`) of its .json, else its .txt; without the empty ones."""
-    if "json" in sample:
-        found = json.loads(sample["json"])
-        if isinstance(found, dict) and (found.get("captions") or found.get("caption")):
-            texts = found.get("captions") or found["caption"]
-            texts = texts if isinstance(texts, list) else [texts]
-            return [" ".join(str(t).split()) for t in texts if str(t).strip()]
-    text = " ".join(sample.get("txt", b"").decode("utf-8", "replace").split())
-    return [text] if text else []
+def sample_captions(sample: dict) -> list[str]:
+    """`captions`, or `caption`, of its .json; its .txt where the .json has neither key (a null there is no caption).
+
+    Raises ValueError where the .json is broken.
+    """
+    found = json.loads(sample.get("json", b"{}"))
+    if isinstance(found, dict) and not found.keys().isdisjoint({"captions", "caption"}):
+        return captions_of(found.get("captions")) or captions_of(found.get("caption"))
+    return captions_of(sample.get("txt", b"").decode("utf-8-sig", "replace"))
 
 
 def decode_sample(sample: dict, size_px: int, rng: random.Random) -> tuple[torch.Tensor, str] | None:
     """((3, size_px, size_px) uint8, one of its captions), None where either is missing or broken."""
+    content = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
     try:
-        picture = next(sample[extension] for extension in PICTURES if extension in sample)
-        captions = captions_of(sample)
-        pixels = torch.from_numpy(load_image(io.BytesIO(picture), size_px)).permute(2, 0, 1)
-        return pixels, rng.choice(captions)
-    except (StopIteration, IndexError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        captions = sample_captions(sample)
+        if content is None or not captions:
+            return None
+        pixels = load_image(io.BytesIO(content), size_px)
+    except Exception:  # Pillow's decoders raise errors of many kinds
         return None
+    return torch.from_numpy(pixels).permute(2, 0, 1), rng.choice(captions)
 
 
 class ShardStream(torch.utils.data.IterableDataset):
-    """Endless batches (pixels (B, 3, size, size) uint8, list of captions) of one process.
+    """Endless batches (pixels (B, 3, size, size) uint8, list of captions) of one process, from batch number `skip` on.
 
     Every shard goes to one worker of one process in each epoch; shards and then samples are shuffled by (seed, epoch).
-    A broken sample's place is taken by a good one of its batch, so that `skip` batches can be passed over unread.
+    A broken sample's place is taken by a good one of its batch, and a batch without any by the next good batch: so the
+    batches' numbers do not depend on what can be decoded, and those before `skip` are passed over undecoded.
     """
 
     def __init__(self, shards: list[str], size_px: int, batch: int, seed: int, rank: int, processes: int, skip: int = 0):
@@ -82,8 +94,8 @@ class ShardStream(torch.utils.data.IterableDataset):
     def raw(self, worker: int, workers: int):
         """(epoch, sample) of one worker, for ever."""
         for epoch in itertools.count():
-            order = [self.shards[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))]
-            mine = order[self.rank * workers + worker :: self.processes * workers]
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
+            mine = [self.shards[i] for i in order[self.rank * workers + worker :: self.processes * workers]]
             shuffle = wds.shuffle(1000, rng=random.Random(f"{self.seed} {epoch} {self.rank} {worker}"))
             empty = True
             for sample in shuffle(samples(mine)):
@@ -92,55 +104,87 @@ class ShardStream(torch.utils.data.IterableDataset):
             if empty:
                 raise RuntimeError("none of these shards can be read: " + ", ".join(mine[:3]))
 
+    def decoded(self, group: list) -> list[tuple[torch.Tensor, str]]:
+        """(pixels (3, size, size), caption) of the samples of a batch that are whole."""
+        good = []
+        for epoch, sample in group:
+            rng = random.Random(f"{self.seed} {epoch} {sample['__key__']}")
+            pair = decode_sample(sample, self.size_px, rng)
+            if pair is not None:
+                good.append(pair)
+        return good
+
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # a DataLoader takes batches from its workers in turn
-        skip = len(range(worker, self.skip, workers)) * self.batch
-        stream, bad = itertools.islice(self.raw(worker, workers), skip, None), 0
+        number, workers = (info.id, info.num_workers) if info else (0, 1)
+        # Batch b is worker b % workers' of the unbroken run. A DataLoader takes batches from its workers in turn and begins
+        # with number 0, which therefore goes on with the shards of the worker that made batch `skip`.
+        worker = (self.skip + number) % workers
+        passed = len(range(worker, self.skip, workers))
+        stream = itertools.islice(self.raw(worker, workers), passed * self.batch, None)
+        bad, waiting = 0, 1  # samples in a row that are broken; batches that the next good one stands for
         while bad < 1000:
             group = list(itertools.islice(stream, self.batch))
-            good = [decode_sample(x, self.size_px, random.Random(f"{self.seed} {e} {x['__key__']}")) for e, x in group]
-            good = [g for g in good if g is not None]
-            bad = 0 if good else bad + len(group)
-            if good:
-                good = (good * self.batch)[: self.batch]
-                yield torch.stack([pixels for pixels, _ in good]), [caption for _, caption in good]
+            good = self.decoded(group)
+            if not good:
+                bad += len(group)
+                waiting += 1
+                continue
+            whole = (good * self.batch)[: self.batch]
+            pixels, captions = zip(*whole)
+            for _ in range(waiting):
+                yield torch.stack(pixels), list(captions)  # (B, 3, size, size)
+            bad, waiting = 0, 1
         raise RuntimeError(f"none of {bad:,} samples in a row has a picture that can be decoded and a caption")
 
 
 class ShardPairs:
-    """The same as `TrainingPairs` from tar shards: `draw` must be called for every share of every step, in order."""
+    """The same as `TrainingPairs` from tar shards: `draw` must be called for every part of every step, in order.
 
-    def __init__(self, pattern: str, teacher, *, size_px: int, seed: int, rank: int, processes: int, workers: int, device,
-                 flip: bool = False):
+    `batch_size` is the global one, of which every one of the `processes` draws an equal share.
+    Raises SystemExit where there are too few shards, and in `draw` where none of them has a usable sample.
+    """
+
+    def __init__(self, pattern: str, teacher, *, size_px: int, batch_size: int, seed: int, rank: int, processes: int,
+                 workers: int, device, flip: bool = False):
         self.shards = find_shards(pattern)
-        if len(self.shards) < processes * max(1, workers):
-            raise SystemExit(f"error: {len(self.shards)} shards are too few for {processes} processes with {workers} workers")
-        self.teacher, self.size_px, self.seed, self.device, self.flip = teacher, size_px, seed, device, flip
-        self.rank, self.processes, self.workers = rank, processes, workers
+        require(len(self.shards) >= processes * max(1, workers),
+                f"{len(self.shards)} shards are too few for {processes} processes with {workers} workers")
+        self.teacher, self.size_px, self.device, self.flip = teacher, size_px, device, flip
+        self.batch_size, self.seed, self.rank, self.processes, self.workers = batch_size, seed, rank, processes, workers
         self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()
         self.stream = None
 
-    def draw(self, step: int, batch_size: int, dropout: float, seed: int, *, part: int = 0, parts: int = 1) -> Batch:
-        share = batch_size // parts
+    @torch.no_grad()
+    def draw(self, step: int, dropout: float, *, chain: torch.Tensor | None = None, part: int = 0, parts: int = 1) -> Batch:
+        """Part `part` of `parts` of this process's share of step `step`'s batch; noise and timesteps depend on
+        (seed, step) alone. Captions are dropped at rate `dropout`, timesteps come out of `chain` (all)."""
+        share = self.batch_size // self.processes // parts
         if self.stream is None:
-            stream = ShardStream(self.shards, self.size_px, share, self.seed, self.rank, self.processes,
-                                 skip=step * parts // self.processes)
-            self.stream = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=self.workers))
+            self.stream = self._open(share, step * parts + part)
         try:
-            pixels, captions = next(self.stream)
+            pixels, captions = next(self.stream)  # (share, 3, size_px, size_px) uint8
         except RuntimeError as error:  # a worker's comes with its traceback
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise SystemExit(f"error: --shards: {reason}; look at them with python v3/data.py --check") from None
-        rng = np.random.default_rng([seed, 1, step])
-        mine = slice(share * part, share * (part + 1))
-        captions = ["" if drop else c for c, drop in zip(captions, (rng.random(batch_size) < dropout)[mine])]
+        first = share * (self.rank * parts + part)
+        mine = slice(first, first + share)
+        rng = np.random.default_rng([self.seed, 1, step])  # draws for the global batch, of which this part is `mine`
+        dropped = (rng.random(self.batch_size) < dropout)[mine]
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped)]
         if self.flip:
-            mirrored = torch.from_numpy(rng.random(batch_size) < 0.5)[mine]
+            mirrored = torch.from_numpy(rng.random(self.batch_size) < 0.5)[mine]
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
-        with torch.no_grad():
-            latents = encode_pictures(self.teacher.vae, pixels).float()
-            hidden = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, captions).float()
-        chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
-        return Batch(latents, hidden, *draw_noise(rng, (batch_size, *latents.shape[1:]), chain, mine, self.device))
+        latents = encode_images(self.teacher.vae, pixels).float()  # (share, 4, h, w)
+        encoder_hidden_states = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, captions).float()
+        if chain is None:
+            chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
+        shape = (self.batch_size, *latents.shape[1:])
+        noise, timesteps = draw_noise(rng, shape, chain, mine, self.device)
+        return Batch(latents, encoder_hidden_states, noise, timesteps, dropout=dropout)
+
+    def _open(self, share: int, skip: int):
+        """Batches of `share` pictures from number `skip` on."""
+        stream = ShardStream(self.shards, self.size_px, share, self.seed, self.rank, self.processes, skip)
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=self.workers)
+        return iter(loader)

@@ -20,12 +20,12 @@ sys.path.insert(0, str(ROOT))
 import random
 
 import webdataset as wds
-from coco_dataset import captions_of, decode_sample, find_shards, samples
+from coco_dataset import IMAGE_EXTENSIONS, decode_sample, find_shards, sample_captions, samples
 from tqdm import tqdm
 
-from common.cache import write_atomically
 from common.coco import CocoCaptions
-from common.settings import check, parse
+from common.files import full_disk_is_one_line, make_folder, read_text, write_atomically
+from common.settings import parse, require
 
 
 @dataclass
@@ -44,42 +44,73 @@ class Settings:
 
 
 def write_shards(s: Settings):
-    """One sample a picture: its file as it is, and its captions in a .json."""
+    """One sample a picture: its file as it is, and its captions and id in a .json."""
     dataset, out = CocoCaptions(s.coco, s.split, size_px=64), Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
-    content = {"set": str(dataset.annotations.resolve()), "samples": len(dataset), "shard_size": s.shard_size}
+    make_folder(out, "--out")
+    content = json.dumps({"set": dataset.fingerprint(), "samples": len(dataset), "shard_size": s.shard_size})
     note = out / "shards.json"
-    if note.is_file() and json.loads(note.read_text("utf-8")) != content:
-        raise SystemExit(f"error: {out} holds shards of another set or size; choose another --out")
-    check({f"{out} holds shards that are not known to be of this set; choose another --out":
-           note.is_file() or not any(out.glob("*.tar"))})
-    write_atomically(note, json.dumps(content).encode())
+    known = read_text(note) if note.is_file() else None
+    require(known in (None, content), f"{out} holds shards of another set, of this one before it changed, or of another "
+                                      "size; choose another --out")
+    require(known or not any(out.glob("*.tar")),
+            f"{out} holds shards that are not known to be of this set; choose another --out")
     starts = range(0, len(dataset), s.shard_size)
-    for number, start in enumerate(tqdm(starts, desc="shards", unit="shard")):
-        path = out / f"{number:05d}.tar"
-        if path.is_file():
-            continue
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        try:
-            with open(partial, "wb") as shard, wds.TarWriter(shard) as tar:
-                for i in range(start, min(start + s.shard_size, len(dataset))):
-                    file = dataset.root / dataset.split / dataset.files[i]
-                    extension = file.suffix[1:].lower()
-                    tar.write({"__key__": f"{dataset.image_ids[i]:012d}", extension: file.read_bytes(),
-                               "json": json.dumps({"captions": dataset.captions[i]}).encode()})
-            os.replace(partial, path)
-        except OSError as error:
-            raise SystemExit(f"error: {path} could not be written ({error.strerror}); make space and run the same command "
-                             "again, whole shards are kept") from None
-        finally:
-            partial.unlink(missing_ok=True)
-    left_out = ", ".join(f"{n} {why}" for why, n in dataset.skipped.items() if n)
-    print(f"{len(dataset):,} samples in {len(starts)} shards in {out}" + (f" (left out: {left_out})" if left_out else ""))
+    written = 0
+    try:
+        with full_disk_is_one_line(out, "whole shards are kept"):
+            write_atomically(note, content.encode())
+            for number, start in enumerate(tqdm(starts, desc="shards", unit="shard")):
+                path = out / f"{number:05d}.tar"
+                part = range(start, min(start + s.shard_size, len(dataset)))
+                if not path.is_file():
+                    write_shard(dataset, part, path)
+                written += len(part)
+    except OSError as error:
+        raise SystemExit(f"error: {out} cannot be written ({error.strerror}); choose another --out, or mend it and run the "
+                         "same command again: whole shards are kept") from None
+    left_out = dataset.left_out()
+    unread = dataset.skipped.get("cannot be read", 0)
+    print(f"{written - unread:,} samples in {len(starts)} shards in {out}" + (f" (left out: {left_out})" if left_out else ""))
+
+
+def write_shard(dataset: CocoCaptions, part: range, path: Path):
+    """The pictures `part` of the set as one tar file, which stands under its name only when it is whole."""
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as shard, wds.TarWriter(shard, encoder=False) as tar:
+            for i in part:
+                try:
+                    image = dataset.path(i).read_bytes()
+                except OSError:  # no permission, say, or gone since the set was opened
+                    dataset.skip("cannot be read", dataset.files[i])
+                    continue
+                sample = {"image_id": dataset.image_ids[i], "captions": dataset.captions[i]}
+                tar.write({"__key__": key_of(dataset.image_ids[i], i), image_extension(dataset.files[i]): image,
+                           "json": json.dumps(sample).encode()})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def key_of(image_id: int | float | str, i: int) -> str:
+    """A sample's name in its shard: its id where that is a whole number as COCO's are, otherwise its place in the set.
+
+    An id in text could hold dots and slashes, which mean something there, or be too long for a tar file.
+    """
+    usual = isinstance(image_id, int) and 0 <= image_id < 10**12
+    return f"{image_id:012d}" if usual else f"n{i:011d}"
+
+
+def image_extension(name: str) -> str:
+    """A picture's extension in its shard. Readers find pictures by it, but decode them by their content."""
+    extension = Path(name).suffix[1:].lower()
+    return extension if extension in IMAGE_EXTENSIONS else "jpg"
 
 
 def download_urls(s: Settings):
     kind = Path(s.urls).suffix[1:]
-    check({f"{s.urls} is missing": Path(s.urls).is_file(), "--urls must be a .parquet or .csv": kind in ("parquet", "csv")})
+    require(Path(s.urls).is_file(), f"{s.urls} is missing")
+    require(kind in ("parquet", "csv"), "--urls must be a .parquet or .csv")
     try:
         from img2dataset import download
     except ImportError:
@@ -103,8 +134,8 @@ def check_shards(pattern: str) -> int:
             counts["samples"] += 1
             if decode_sample(sample, 64, random.Random(0)) is None:
                 try:
-                    why = "broken pictures" if captions_of(sample) else "without a caption"
-                except ValueError:
+                    why = "broken pictures" if sample_captions(sample) else "without a caption"
+                except (ValueError, RecursionError):
                     why = "broken .json"
                 counts[why] += 1
                 broken.append(f"{shard}: {sample['__key__']}")
@@ -115,8 +146,9 @@ def check_shards(pattern: str) -> int:
 
 
 def main(s: Settings):
-    check({"give one of --coco, --urls and --check": sum(map(bool, (s.coco, s.urls, s.check))) == 1,
-           "--shard-size must be at least 1": s.shard_size >= 1})
+    given = [option for option in (s.coco, s.urls, s.check) if option]
+    require(len(given) == 1, "give one of --coco, --urls and --check")
+    require(s.shard_size >= 1, "--shard-size must be at least 1")
     if s.check:
         raise SystemExit(1 if check_shards(s.check) else 0)
     write_shards(s) if s.coco else download_urls(s)

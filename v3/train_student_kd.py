@@ -12,30 +12,34 @@ nothing but the speed.
 """
 
 import contextlib
-import copy
 import importlib.util
-import math
-import shutil
+import os
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from huggingface_hub import HfApi
-from prepare_unet_small import SIZES, pruned_config
+from prepare_unet_small import pruned_config
 
-from common.cache import TeacherStore
-from common.ema import EMA
-from common.features import FeatureMatching, block_names, match_features
-from common.settings import check, first_line, parse
-from common.training import evaluate, finish, let_teacher_go, one_cycle, prepare
+from common.cache import TeacherStore, TrainingPairs
+from common.coco import CocoCaptions
+from common.features import StudentWithFeatures, block_names
+from common.files import fingerprint, from_root, make_folder
+from common.metrics import Evaluator
+from common.mini import caption_scores
+from common.report import finish, model_card, summary
+from common.run import Run
+from common.settings import first_line, parse, require, start
+from common.slicing import slice_unet
+from common.teacher import UNet2DConditionModel, load_teacher
+from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from data.draw_mini import draw_mini
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Settings:
     out: str = "checkpoints/v3"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student
-    size: str = "sd_tiny"  # sd_small (579 M of SD-1.5's 860 M) or sd_tiny (323 M), before --channels
+    size: Literal["sd_small", "sd_tiny"] = "sd_tiny"  # sd_small (579 M of SD-1.5's 860 M) or sd_tiny (323 M), before --channels
     channels: tuple[int, ...] = (320, 480, 192)  # width of each level that is left (these: 65.2 M)
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     random_start: bool = False  # start from random weights, not from the teacher's
@@ -62,7 +66,7 @@ class Settings:
     lr: float = 2e-4  # OneCycleLR's highest learning rate
     warmup: float = 0.05  # share of the steps in which it rises
     weight_decay: float = 0.01  # AdamW's
-    optimizer: str = "adamw"  # adamw, or adamw8bit where bitsandbytes is installed
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw, or adamw8bit where bitsandbytes is installed
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
     task_weight: float = 1.0  # of the error against the noise
     kd_weight: float = 1.0  # of the error against the teacher's prediction
@@ -71,12 +75,12 @@ class Settings:
     feature_blocks: tuple[str, ...] = ()  # whose outputs are matched; none given: all that have the teacher's size
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
-    mixed_precision: str = ""  # no, fp16 or bf16; empty: what `accelerate config` was told
+    mixed_precision: Literal["", "no", "fp16", "bf16"] = ""  # empty: what `accelerate config` was told
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
     compile: bool = False  # torch.compile the student
     # evaluation
-    features: str = "inception"  # inception (FID, LPIPS) or effnet-lite0 (the embedded world's own names)
-    sampler: str = "ddpm"  # ddpm or ddim
+    features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -107,138 +111,6 @@ MINI = dict(
 )
 
 
-class Distillation(torch.nn.Module):
-    """Student and projections as one module, so that one wrapper (DDP, FSDP, DeepSpeed) sees every gradient."""
-
-    def __init__(self, student: torch.nn.Module, matching: FeatureMatching | None):
-        super().__init__()
-        self.student, self.matching = student, matching
-
-    def forward(self, noisy, timesteps, hidden, noise, teacher_pred) -> torch.Tensor:
-        """(3,) task, KD and feature loss. The teacher's pass comes before: its hooks have caught its features."""
-        dtype = self.student.dtype  # DeepSpeed's weights are in bf16 or fp16, and it switches autocast off
-        noise_pred = self.student(noisy.to(dtype), timesteps, hidden.to(dtype), return_dict=False)[0].float()
-        feature_loss = self.matching() if self.matching else noise_pred.new_zeros(())
-        return torch.stack([F.mse_loss(noise_pred, noise), F.mse_loss(noise_pred, teacher_pred), feature_loss])
-
-
-def gathered(value):
-    """The whole of what FSDP may have sharded."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-class AcceleratedLearner:
-    """What `Run.steps` and `evaluate` need of a learner, over Accelerate; checkpoints are `accelerator.save_state`'s."""
-
-    def __init__(self, accelerator: Accelerator, model: Distillation, world, s: Settings):
-        self.accelerator, self.student, self.batch_size, self.keep = accelerator, model.student, s.batch_size, s.keep
-        self.max_grad_norm, self.sharded = s.max_grad_norm, None
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            # the average, the evaluations and the saved student take whole weights in fp32
-            self.sharded, self.student = model.student, copy.deepcopy(model.student).requires_grad_(False)
-            model.to(memory_format=torch.contiguous_format)  # as both demand
-        if accelerator.distributed_type == DistributedType.FSDP:
-            accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast lowers the precision, as elsewhere
-        if s.optimizer == "adamw8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit as Optimizer
-            except ImportError:
-                raise SystemExit("error: --optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
-        else:
-            Optimizer = torch.optim.AdamW
-        if deepspeed := accelerator.state.deepspeed_plugin:  # it clips and steps inside `backward`
-            deepspeed.deepspeed_config |= {
-                "train_micro_batch_size_per_gpu": s.batch_size // (accelerator.num_processes * s.accumulate),
-                "gradient_accumulation_steps": s.accumulate,
-                "gradient_clipping": s.max_grad_norm}
-        optimizer = Optimizer(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-        self.scheduler = one_cycle(optimizer, s)
-        self.ema = EMA(self.student, s.ema_decay)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self.scheduler, self.ema, self)
-        self.skipped = [0, 0]  # steps without finite gradients: in all, in a row
-
-    @property
-    def lr(self) -> float:
-        return self.scheduler.get_last_lr()[0]
-
-    @torch.no_grad()
-    def gather_weights(self):
-        """Where FSDP or DeepSpeed trains other tensors than the whole student's: bring that up to date."""
-        if self.sharded is not None:
-            for whole, share in zip(self.student.parameters(), self.sharded.parameters()):
-                whole.copy_(gathered(share))
-
-    def backward(self, loss: torch.Tensor, step: int):
-        """Add the gradients of one pass; after the last one of a batch, step. Accelerate averages over the passes."""
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            fine = norm is None or math.isfinite(gathered(norm))
-            self.skipped = [self.skipped[0] + (not fine), 0 if fine else self.skipped[1] + 1]
-            if fine or self.accelerator.scaler is not None:  # the fp16 scaler skips such a step by itself
-                self.optimizer.step()
-            self.scheduler.step()
-            self.gather_weights()
-            self.ema.update(self.student, step)
-            self.optimizer.zero_grad()
-
-    def bad_steps(self) -> tuple[int, int]:
-        return tuple(self.skipped)
-
-    def state_dict(self) -> dict:  # what the checkpoints keep beyond the parts that Accelerate knows
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state: dict):
-        self.skipped = state["skipped"]
-
-    def agree(self, signal_number: int, step: int) -> int:
-        """The processes compare notes at every tenth step only."""
-        if self.accelerator.num_processes == 1:
-            return signal_number
-        if step % 10:
-            return 0
-        seen = torch.tensor([signal_number], device=self.accelerator.device)
-        return int(self.accelerator.gather(seen).max())
-
-    def save(self, folder: Path, step: int):
-        """`checkpoint-<step>/`: written beside its place and then renamed, so what has the name is whole."""
-        final, partial = folder / f"checkpoint-{step:08d}", folder / "checkpoint.partial"
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in sorted(folder.glob("checkpoint-????????"))[: -self.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def restore(self, folder: Path) -> int:
-        """The step of the newest checkpoint that loads, 0 without any. Raises SystemExit where none loads, or the processes
-        find different ones."""
-        step = self.load_newest(folder)
-        if len(set(gather_object([step]))) > 1:
-            raise SystemExit("error: the processes find different checkpoints; --out must be a disk that all machines share")
-        return step
-
-    def load_newest(self, folder: Path) -> int:
-        found = False
-        for path in sorted(folder.glob("checkpoint-????????"), reverse=True):
-            try:
-                self.accelerator.load_state(str(path))
-            except Exception as error:  # whatever a damaged file makes the loaders raise
-                self.accelerator.print(f"{path.name} cannot be loaded ({first_line(error)}); trying the one before it")
-                found = True
-                continue
-            self.gather_weights()
-            step = int(path.name.split("-")[1])
-            self.accelerator.print(f"going on at step {step:,}")
-            return step
-        check({f"no checkpoint in {folder} can be loaded; resume with as many processes, of the same kind, as wrote it, or "
-               "begin anew in another --out": not found})
-        return 0
-
-
 @contextlib.contextmanager
 def a_hub_error_is_one_line(repository: str, comfort: str = ""):
     try:
@@ -248,107 +120,134 @@ def a_hub_error_is_one_line(repository: str, comfort: str = ""):
 
 
 def main(s: Settings):
-    check({f"--size must be one of {', '.join(SIZES)}": s.size in SIZES,
-           "--mixed-precision must be no, fp16 or bf16": s.mixed_precision in ("", "no", "fp16", "bf16"),
-           "--optimizer must be adamw or adamw8bit": s.optimizer in ("adamw", "adamw8bit"),
-           "--tensorboard needs its package: pip install -r v3/requirements.txt, or --no-tensorboard":
-               not s.tensorboard or importlib.util.find_spec("tensorboard") is not None,
-           "--shards needs webdataset: pip install -r v3/requirements.txt":
-               not s.shards or importlib.util.find_spec("webdataset") is not None,
-           "--keep and --accumulate must be at least 1": min(s.keep, s.accumulate) >= 1,
-           "--store must not be negative": s.store >= 0,
-           "--store needs the cache: leave out --no-cache": s.cache or not s.store,
-           "--store holds no features and no shards; it needs --feature-weight 0 and --data":
-               not s.store or not (s.feature_weight or s.shards)})
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=s.accumulate, mixed_precision=s.mixed_precision or None, cpu=s.cpu,
-            log_with="tensorboard" if s.tensorboard else None, step_scheduler_with_optimizer=False,
-            project_config=ProjectConfiguration(project_dir=s.out, logging_dir=s.out),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])  # the others wait for the caches
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"error: Accelerate cannot start: {error}") from None
-    deepspeed, fsdp = accelerator.state.deepspeed_plugin, getattr(accelerator.state, "fsdp_plugin", None)
-    check({"with DeepSpeed the zero_stage must be 1 or 2 (v3/configs/deepspeed.yaml)":
-               not deepspeed or deepspeed.zero_stage in (1, 2),
-           "with DeepSpeed nothing may be offloaded (v3/configs/deepspeed.yaml)": not deepspeed or all(
-               device in (None, "none") for device in (deepspeed.offload_optimizer_device, deepspeed.offload_param_device)),
-           "--optimizer adamw8bit does not work with FSDP": not fsdp or s.optimizer == "adamw",
-           "with FSDP the fsdp_version must be 2 (v3/configs/fsdp.yaml)": not fsdp or fsdp.fsdp_version == 2,
-           "Megatron-LM is not supported": accelerator.distributed_type != DistributedType.MEGATRON_LM})
+    tensorboard, webdataset = (importlib.util.find_spec(name) is not None for name in ("tensorboard", "webdataset"))
+    require(tensorboard or not s.tensorboard, "--tensorboard needs its package: pip install -r v3/requirements.txt, or "
+            "--no-tensorboard")
+    require(webdataset or not s.shards, "--shards needs webdataset: pip install -r v3/requirements.txt")
+    require(s.cache or not s.store, "--store needs the cache: leave out --no-cache")
+    require(not s.store or not (s.feature_weight or s.shards), "--store holds no features and no shards; it needs "
+            "--feature-weight 0 and --data")
+    require(s.task_weight + s.kd_weight + s.feature_weight > 0, "--task-weight, --kd-weight and --feature-weight must not all "
+            "be 0")
+    accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, log_with="tensorboard" if s.tensorboard else None,
+                                    project_dir=s.out)
+    told = s.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    dtype = pick_dtype(told, accelerator.device)
+    shares = accelerator.num_processes * s.accumulate
+    require(s.batch_size % shares == 0, f"--batch-size must be a multiple of {shares}, processes x --accumulate")
+    run = Run(s.out, s, s.resume, accelerator)
+    torch.manual_seed(s.seed)
 
-    def shard_pairs(teacher):
+    # data and teacher
+    data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
+    train_set = None if s.shards else CocoCaptions(data, s.train_split, s.resolution)
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
+    teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
+    noise_scheduler = teacher.noise_scheduler
+    if s.push_to_hub and accelerator.is_main_process:  # a missing login or a refused card shows now, not after the training
+        with a_hub_error_is_one_line(s.push_to_hub):
+            HfApi().create_repo(s.push_to_hub, exist_ok=True)
+            card = model_card("V-3", teacher.name, data, s.val_split, s.resolution, {"parameters": 0, "metric": 0.0}, {}, "")
+            card.validate()
+
+    # the student's start
+    config = pruned_config(teacher.unet, s.size, s.channels, s.groups)
+    config["sample_size"] = teacher.latent_side(s.resolution)
+    student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
+    student.to(accelerator.device)
+    run.create(fingerprint(train_set and train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint("unet")))
+
+    # what is computed once: the evaluation's frozen side, latents and caption embeddings
+    cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
+    sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
+                    batch=s.eval_batch)
+    more_scores = caption_scores(teacher.name, val_set, accelerator.device) if s.mini else None
+    evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
+                          workers=s.workers, more_scores=more_scores)
+    place = dict(batch_size=s.batch_size, seed=s.seed, device=accelerator.device, workers=s.workers, flip=s.flip,
+                 rank=accelerator.process_index, processes=accelerator.num_processes)
+    if s.shards:
         from coco_dataset import ShardPairs
 
-        return ShardPairs(s.shards, teacher, size_px=s.resolution, seed=s.seed, rank=accelerator.process_index,
-                          processes=accelerator.num_processes, workers=s.workers, device=accelerator.device, flip=s.flip)
+        batches = ShardPairs(s.shards, teacher, size_px=s.resolution, **place)
+    else:
+        batches = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb,
+                                max_broken=s.max_broken, **place)
+    accelerator.print(summary(student, teacher, batches, val_set))
+    empty = batches.empty
+    if s.store:
+        rates = [s.caption_dropout] * s.store
+        batches = TeacherStore(batches, lambda noisy, batch: predict_noise(teacher.unet, noisy, batch), rates, s.steps)
+        if s.eval_every:
+            evaluator.teacher_images(s.eval_samples)
+        evaluator.teacher_images(s.final_samples)
+        teacher.unet = None  # nothing asks it from here on: its memory is free
 
-    if s.push_to_hub and accelerator.is_main_process:  # a missing login shows now, not after the training
-        with a_hub_error_is_one_line(s.push_to_hub):
-            HfApi().whoami()
-    shares = accelerator.num_processes * s.accumulate
-    set_seed(s.seed)
-    world = prepare(s, {
-        f"--batch-size must be a multiple of {shares}, processes x --accumulate": s.batch_size % shares == 0,
-        "--caption-dropout must lie in 0..1": 0 <= s.caption_dropout <= 1,
-        "--task-weight, --kd-weight and --feature-weight must not be negative, nor all be 0":
-            min(s.task_weight, s.kd_weight, s.feature_weight) >= 0 < s.task_weight + s.kd_weight + s.feature_weight,
-    }, lambda unet: pruned_config(unet, s.size, s.channels, s.groups), accelerator, shard_pairs if s.shards else None)
-    noise_scheduler = world.teacher.noise_scheduler
+    with_features = None
+    if s.feature_weight:  # sd_tiny's innermost block does not halve its output, the teacher's does
+        innermost = f"down_blocks.{len(student.down_blocks) - 1}"
+        matching = tuple(name for name in block_names(student) if s.size == "sd_small" or name != innermost)
+        with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks or matching, F.mse_loss, empty)
     if s.gradient_checkpointing:
-        world.student.enable_gradient_checkpointing()
+        student.enable_gradient_checkpointing()
     if s.compile:
-        world.student.compile()
-    innermost = f"down_blocks.{len(world.student.down_blocks) - 1}"  # sd_tiny's does not halve its output, the teacher's does
-    blocks = s.feature_blocks or tuple(b for b in block_names(world.student) if s.size == "sd_small" or b != innermost)
-    matching = match_features(world, blocks, F.mse_loss) if s.feature_weight else None
-    learner = AcceleratedLearner(accelerator, Distillation(world.student, matching), world, s)
+        student.compile()
+    trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
+                      warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
+                      optimizer=s.optimizer, keep=s.keep)
     if s.tensorboard:
         accelerator.init_trackers("tensorboard")
-    store = None
-    if s.store:
-        store = TeacherStore(world.pairs, world.teacher_pred, [s.caption_dropout] * s.store)
-        let_teacher_go(world, s)
-    weights = torch.tensor([s.task_weight, s.kd_weight, s.feature_weight], device=accelerator.device)
+    first_step = trainer.restore(run.folder) if s.resume else 0
+    run.begin("V-3", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    for step in range(first_step, s.steps):
+        if due(step, s.eval_every) and step not in run.evaluated:
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples))
 
-    def small_evaluation(step: int, count: int) -> dict:
-        row = evaluate(world, learner, step, count)
-        accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=step)
-        return row
+        lr = trainer.lr
+        losses = torch.zeros(3, device=accelerator.device)  # task, KD, features; over the passes of a batch
+        for part in range(s.accumulate):
+            with accelerator.accumulate(trainer.model):
+                batch = batches.draw(step, s.caption_dropout, part=part, parts=s.accumulate)
+                noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+                with trainer.autocast():
+                    teacher_pred, teacher_features = batch.teacher_pred, {}
+                    if teacher_pred is None:
+                        with torch.no_grad():
+                            teacher_pred = predict_noise(teacher.unet, noisy, batch)
+                    if with_features:
+                        teacher_features = with_features.teacher_hooks.take()
+                        noise_pred, feature_loss = trainer.model(
+                            noisy, batch.timesteps, batch.encoder_hidden_states, teacher_features)
+                    else:
+                        noise_pred = predict_noise(trainer.model, noisy, batch)
+                        feature_loss = noise_pred.new_zeros(())
+                task_loss = F.mse_loss(noise_pred, batch.noise)
+                kd_loss = F.mse_loss(noise_pred, teacher_pred)
+                loss = s.task_weight * task_loss + s.kd_weight * kd_loss + s.feature_weight * feature_loss
+                trainer.step(loss)  # backward; after the last pass clip, AdamW, OneCycleLR, EMA
+                losses += torch.stack([task_loss, kd_loss, feature_loss]).detach() / s.accumulate
 
-    for step in world.run.steps(learner, s, "V-3", small_evaluation):
-        total, lr = torch.zeros(3, device=accelerator.device), learner.lr
-        for share in range(s.accumulate):
-            with accelerator.accumulate(learner.model):
-                part = accelerator.process_index * s.accumulate + share
-                if store:
-                    (latents, hidden, noise, timesteps), teacher_pred = store.draw(
-                        step, s.steps, s.batch_size, s.seed, part=part, parts=shares)
-                else:
-                    latents, hidden, noise, timesteps = world.pairs.draw(
-                        step, s.batch_size, s.caption_dropout, s.seed, part=part, parts=shares)
-                noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-                with world.autocast():
-                    if not store:
-                        teacher_pred = world.teacher_pred(noisy, timesteps, hidden)
-                    losses = learner.model(noisy, timesteps, hidden, noise, teacher_pred)
-                learner.backward((weights * losses).sum(), step)
-                total += losses.detach() / s.accumulate
-        due = (step + 1) % s.log_every == 0 or step + 1 == s.steps
-        if due:
-            total = accelerator.reduce(total, "mean")
-        values = dict(zip(("task_loss", "kd_loss", "feature_loss"), total), loss=(weights * total).sum(), lr=lr)
-        world.run.report(**values)
-        if due:
-            accelerator.log({name: float(value) for name, value in values.items()}, step=step + 1)
+        done = step + 1
+        task_loss, kd_loss, feature_loss = losses
+        loss = s.task_weight * task_loss + s.kd_weight * kd_loss + s.feature_weight * feature_loss
+        run.log_step(done, trainer, loss=loss, task_loss=task_loss, kd_loss=kd_loss, feature_loss=feature_loss, lr=lr)
+        stopping = run.stop_requested(done)
+        if stopping or due(done, s.save_every) or done == s.steps:
+            run.save(trainer)
+        if stopping:
+            run.leave(done)
 
-    finish(world, learner, s, "V-3")
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples)
+    run.record(s.steps, evaluation)
+    teacher_scores = evaluator.teacher_scores(s.final_samples)
+    if accelerator.is_main_process:
+        finish(run.folder, "V-3", trainer.ema_student, teacher, evaluation, teacher_scores,
+               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution)
     accelerator.end_training()
     if s.push_to_hub and accelerator.is_main_process:
         with a_hub_error_is_one_line(s.push_to_hub, "; the student itself is saved"):
-            HfApi().create_repo(s.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=s.push_to_hub, folder_path=world.run.folder / "student")
+            HfApi().upload_folder(repo_id=s.push_to_hub, folder_path=run.folder / "student")
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__, MINI))
+    start(main, parse(Settings, __doc__, MINI))

@@ -1,0 +1,119 @@
+"""Files that survive a kill and a full disk: atomic writes, fingerprints, text in any Unicode encoding."""
+
+import codecs
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def write_atomically(path: Path, content: bytes):
+    """Write a file so that a reader sees either the old one or the new one, whole."""
+    partial = Path(f"{path}.tmp-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+
+    Raises SystemExit with one line where it is neither, or cannot be read.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
+    encoding = "utf-8"
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            encoding = name
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"error: {path} is not text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def fingerprint(*parts) -> str:
+    """A short hash of modules (their configs and weights), paths (file contents) and plain values."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            config = getattr(part, "config", None)
+            digest.update(repr(sorted_config(config)).encode())
+            for name, weight in part.state_dict().items():
+                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+                values = weight.detach().cpu().contiguous().flatten()
+                digest.update(values.view(torch.uint8).numpy())  # numpy knows no bf16, but bytes
+        elif isinstance(part, Path):
+            digest.update(part.read_bytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def sorted_config(config) -> list:
+    """A model's or scheduler's config as a list in a fixed order, without what says where it came from."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    return sorted((name, repr(value)) for name, value in values.items() if not name.startswith("_"))
+
+
+def make_folder(folder: Path, option: str) -> Path:
+    """Make it and what lies above it, and return it. Raises SystemExit where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: {option}: {folder} cannot be made ({error.strerror}); choose another folder") from None
+    return folder
+
+
+@contextlib.contextmanager
+def full_disk_is_one_line(folder: Path, kept: str, remove: Path | None = None):
+    """Turns "no space left" into SystemExit with a line that says what is `kept`; half a folder is `remove`d first."""
+    try:
+        yield
+    except Exception as error:
+        full = is_disk_full(error, folder)
+        if remove is not None:
+            shutil.rmtree(remove, ignore_errors=True)
+        if not full:
+            raise
+        raise SystemExit(f"error: the disk of {folder} is full; free some space and run again, {kept}") from None
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Whether a full disk is behind `error`. Libraries raise errors of their own on top, torch's and safetensors' writers
+    without a number: then the disk itself is asked, which still holds what was half written."""
+    cause = error
+    while cause:
+        if getattr(cause, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            return True
+        cause = cause.__context__
+    writer = isinstance(error, (RuntimeError, SafetensorError)) and Path(folder).is_dir()
+    return writer and shutil.disk_usage(folder).free < 2**20
+
+
+def reserve(path: Path):
+    """Claim the disk space of a file that was made with a hole in it: writing through a memory map onto a full disk would
+    end the process with a bus error, which nothing can catch."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def from_root(name: str) -> str:
+    """A path of the repository's own, wherever the script is started from; any other name as it is."""
+    inside = Path(__file__).resolve().parents[1] / name
+    return name if Path(name).exists() or not inside.exists() else str(inside)
