@@ -9,7 +9,6 @@ runs. V-2.1's step is the baseline's, so one set of its runs serves both. Writes
 --out.
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -25,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from common.metrics import CAPTION_ACCURACY
-from common.run import comparable, read_log
-from common.settings import parse
+from common.mini import CAPTION_ACCURACY
+from common.report import CELL_PX, comparable
+from common.run import read_log
+from common.settings import parse, start
 
 VERSIONS = {  # name: script and options
     "baseline": ("v2/2.1.py", ["--random-start", "--lr", "4e-3"]),  # ends better there than at 2e-3, which suits the slice
@@ -55,21 +55,33 @@ class Settings:
 def seconds_of(out: Path) -> tuple[float, float]:
     """Seconds of a run's training steps, and of its store."""
     found = read_log(out)
-    return max(x.get("seconds", 0) for x in found), max((x["store_seconds"] for x in found if "store_seconds" in x), default=0)
+    training = max(x.get("seconds", 0) for x in found)
+    store = max(x.get("store_seconds", 0) for x in found)
+    return training, store
+
+
+def is_done(out: Path, steps: int) -> bool:
+    """Whether a run has come to its end."""
+    evaluated = any(x["step"] == steps and "evaluation" in x for x in read_log(out))
+    return evaluated and (out / "student").is_dir()
 
 
 def train(version: str, out: Path, seed: int, steps: int, s: Settings):
     """Run a version to its end, or find that it has been."""
-    if any(x["step"] == steps and "evaluation" in x for x in read_log(out)) and (out / "student").is_dir():
+    if is_done(out, steps):
         return
     script, options = VERSIONS[version]
+    store = ["--store", str(s.store)] if version == "V-2.2" else []
     resume = ["--resume"] if (out / "settings.json").is_file() else []
     print(f"\n{version}, seed {seed}, {steps:,} steps: {out.name}", flush=True)
     command = [sys.executable, str(ROOT / script), "--mini", "--out", str(out), "--seed", str(seed), "--steps", str(steps),
                "--eval-every", str(-(-steps // s.evaluations)), "--final-samples", str(s.samples), *s.options.split(),
-               *options, *(["--store", str(s.store)] if version == "V-2.2" else []), *resume]
-    with open(f"{out}.log", "a") if s.jobs > 1 else contextlib.nullcontext() as log:
-        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // s.jobs))} if s.jobs > 1 else {}
+               *options, *store, *resume]
+    if s.jobs == 1:
+        subprocess.run(command, check=True, cwd=ROOT)
+        return
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // s.jobs))}
+    with open(f"{out}.log", "a") as log:
         subprocess.run(command, check=True, cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads)
 
 
@@ -79,22 +91,26 @@ def train_all(runs: list[tuple], s: Settings):
         list(pool.map(lambda run: train(*run, s), runs))
 
 
-def write_table(rows: dict[str, list[Path]], path: Path, title: str):
-    """Markdown: mean +- standard deviation over the seeds; below, what tells one version from another at the same seed."""
-    def cell(values):
-        return f"{mean(values):.4g} ± {stdev(values):.2g}" if len(values) > 1 else f"{mean(values):.4g}"
+def cell(values: list[float]) -> str:
+    """Mean +- standard deviation."""
+    return f"{mean(values):.4g} ± {stdev(values):.2g}" if len(values) > 1 else f"{mean(values):.4g}"
 
+
+def write_table(rows: dict[str, list[Path]], path: Path, title: str):
+    """Markdown: one row a version, over the seeds; below, what tells one version from another at the same seed."""
     text = [f"### {title}", "", "| | steps | seconds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 3) + "|"]
     scores = {}
     for name, runs in rows.items():
         last = [[x for x in read_log(out) if "evaluation" in x][-1] for out in runs]
         scores[name] = [x["evaluation"][METRICS[1]] for x in last]
-        seconds = [sum(seconds_of(out)) for out in runs]
+        steps, seconds = mean(x["step"] for x in last), cell([sum(seconds_of(out)) for out in runs])
         cells = [cell([x["evaluation"][metric] for x in last]) for metric in METRICS]
-        text.append(f"| {name} | {mean(x['step'] for x in last):,.0f} | {cell(seconds)} | " + " | ".join(cells) + " |")
-    pairs = (("baseline", "V-2.1"), ("V-2.1", "V-2.2"), ("V-2.1", "V-1"))  # of a seed, they see the same batches
-    text += ["", f"{METRICS[1]}, seed by seed: " + "; ".join(
-        f"{a} - {b} {cell([x - y for x, y in zip(scores[a], scores[b])])}" for a, b in pairs)]
+        text.append(f"| {name} | {steps:,.0f} | {seconds} | " + " | ".join(cells) + " |")
+    differences = []
+    for a, b in (("baseline", "V-2.1"), ("V-2.1", "V-2.2"), ("V-2.1", "V-1")):  # of a seed, they see the same batches
+        difference = cell([x - y for x, y in zip(scores[a], scores[b])])
+        differences.append(f"{a} - {b} {difference}")
+    text += ["", f"{METRICS[1]}, seed by seed: " + "; ".join(differences)]
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n".join(text) + "\n\n")
     print("\n" + "\n".join(text))
@@ -116,17 +132,28 @@ def write_curves(rows: dict[str, list[Path]], path: Path):
 
 def write_sheet(rows: dict[str, list[Path]], path: Path):
     """One row a version, from the runs' own sheets (teacher's row over the student's, captions below)."""
-    margin, pictures = 70, {name: Image.open(max((runs[0] / "samples").glob("step_*.png"))) for name, runs in rows.items()}
-    first = next(iter(pictures.values()))
-    cell, label = 112, first.height - 224
-    sheet = Image.new("RGB", (margin + first.width, cell * (len(rows) + 1) + label), "white")
+    sheets = {}
+    for name, runs in rows.items():
+        newest = max((runs[0] / "samples").glob("step_*.png"))
+        sheets[name] = Image.open(newest)
+    first = next(iter(sheets.values()))
+    margin, width, captions_top = 70, first.width, 2 * CELL_PX
+    captions = first.crop((0, captions_top, width, first.height))
+    sheet = Image.new("RGB", (margin + width, CELL_PX * (len(rows) + 1) + captions.height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, name in enumerate(["teacher", *rows]):
-        top = 0 if name == "teacher" else cell
-        sheet.paste(pictures.get(name, first).crop((0, top, first.width, top + cell - 4)), (margin, number * cell))
-        draw.text((4, number * cell + 48), name, fill="black")
-    sheet.paste(first.crop((0, 2 * cell, first.width, first.height)), (margin, sheet.height - label))
+        top = 0 if name == "teacher" else CELL_PX
+        row = sheets.get(name, first).crop((0, top, width, top + CELL_PX - 4))
+        sheet.paste(row, (margin, number * CELL_PX))
+        draw.text((4, number * CELL_PX + 48), name, fill="black")
+    sheet.paste(captions, (margin, sheet.height - captions.height))
     sheet.save(path)
+
+
+def steps_begun_with(out: Path) -> int | None:
+    """The steps of a run that was begun, which it keeps; None where there is none."""
+    settings = out / "settings.json"
+    return json.loads(settings.read_text("utf-8"))["steps"] if settings.is_file() else None
 
 
 def main(s: Settings):
@@ -142,9 +169,7 @@ def main(s: Settings):
         training, store = (median(v) for v in zip(*map(seconds_of, equal_steps[name])))
         steps = max(10, round(s.steps * (budget - store) / training))
         equal_time[name] = [out / f"{name}-equal-time-to-{s.steps}-seed{k}" for k in range(s.seeds)]
-        for seed, run in enumerate(equal_time[name]):
-            kept = run / "settings.json"  # a run that was begun keeps the steps that it was begun with
-            runs.append((name, run, seed, json.loads(kept.read_text())["steps"] if kept.is_file() else steps))
+        runs += [(name, run, seed, steps_begun_with(run) or steps) for seed, run in enumerate(equal_time[name])]
     train_all(runs, s)
     (out / "table.md").unlink(missing_ok=True)
     write_table(equal_steps, out / "table.md", f"Equal steps ({s.steps:,}), {s.seeds} seeds, {s.samples:,} samples")
@@ -155,4 +180,4 @@ def main(s: Settings):
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    start(main, parse(Settings, __doc__, limits={name: (1, None) for name in ("seeds", "evaluations", "jobs")}))

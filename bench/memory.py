@@ -118,8 +118,8 @@ class Measurement:
         parts = sd15(lambda kind, *args, **config: kind(*args, **config).eval().requires_grad_(False))
         torch.set_default_dtype(torch.float32)
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-        # what has no values has no fingerprint
-        self.teacher = Teacher(name, tokenizer=None, noise_scheduler=scheduler, fingerprints={"unet": ""}, **parts)
+        self.teacher = Teacher(name, tokenizer=None, noise_scheduler=scheduler, **parts)
+        self.teacher.fingerprint = lambda *_: ""  # what has no values has none
         self.side = self.teacher.latent_side(self.settings.resolution)
         return self.teacher
 
@@ -127,9 +127,11 @@ class Measurement:
         def draw(*_, parts=1, **__):
             n = self.settings.batch_size // parts
             shape = (n, 4, self.side, self.side)
-            timesteps = torch.zeros(n, dtype=torch.long)
-            teacher_pred = torch.randn(shape) if stored else None
-            return Batch(torch.randn(shape), torch.randn(n, 77, 768), torch.randn(shape), timesteps, teacher_pred)
+            tensors = [torch.randn(shape), torch.randn(n, 77, 768), torch.randn(shape), torch.zeros(n, dtype=torch.long)]
+            if stored:
+                tensors.append(torch.randn(shape))  # the teacher's predictions
+            self.batch_bytes = sum(tensor.nbytes for tensor in tensors)
+            return Batch(*tensors)
         return SimpleNamespace(draw=draw, empty=torch.zeros(1, 77, 768), seconds=0.0)
 
     def run(self):
@@ -143,9 +145,9 @@ class Measurement:
     def after_step(self, _, trainer, **__):
         parts = [self.teacher.unet, self.teacher.vae, self.teacher.text_encoder, self.inception]
         frozen = sum(p.nbytes for part in parts if part is not None for p in part.parameters())
-        gradients = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)  # let go after each step
+        gradients = sum(p.nbytes for p in trainer.model.parameters())  # they are let go after each step
         self.row["frozen"] = frozen
-        self.row["states"] = self.memory.now - frozen + gradients
+        self.row["states"] = self.memory.now - self.batch_bytes - frozen + gradients
         self.row["training"] = self.memory.peak
 
     def evaluator(self):
@@ -169,7 +171,8 @@ class Measurement:
 
 
 def measure(script: str, s: Settings, store: int = 0) -> dict:
-    """One version's row, in GiB. The student's states are its weights, gradients, AdamW's moments and the EMA."""
+    """One version's row, in GiB. The student's states are its weights, gradients, AdamW's moments and the EMA; what the peak
+    holds beyond them and the frozen parts stands under activations, of which many are gone once all gradients are there."""
     version = load(script)
     own = version.Settings()
     changed = dict(steps=s.steps, batch_size=s.batch_size or own.batch_size, store=store, tensorboard=False,

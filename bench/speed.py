@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,12 +27,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common.cache import TeacherStore
-from common.coco import load_image, pictures
-from common.run import table
-from common.sampling import encode_captions, encode_pictures, sample
-from common.settings import check, parse
-from common.training import Learner, prepare
+from common.cache import Batch, TeacherStore, TrainingPairs
+from common.coco import CocoCaptions, images
+from common.files import from_root, make_folder
+from common.images import load_image
+from common.metrics import Evaluator
+from common.report import table
+from common.sampling import encode_captions, encode_images, sample
+from common.settings import parse, require, start
+from common.slicing import slice_unet, student_config
+from common.teacher import Teacher, load_teacher
+from common.trainer import Trainer, pick_dtype, predict_noise, start_accelerator
+from data.draw_mini import draw_mini
+
+AGAINST = {"sampling": "StableDiffusionPipeline", "sampling in bf16": "StableDiffusionPipeline",
+           "image loading": "plain PIL", "image loading by workers": "plain PIL", "evaluation": "pytorch_fid"}
 
 
 @dataclass
@@ -40,71 +50,116 @@ class Settings:
     batch: int = 16  # pictures a step
     rounds: int = 5  # of every measurement
     pictures: int = 16  # sampled and evaluated
-    dtype: str = "fp32"  # of autocast: fp32, fp16 or bf16
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the frozen parts and of autocast
 
 
-def v22_settings(s: Settings, out: str):
+@dataclass
+class World:
+    """V-2.2's building blocks."""
+
+    teacher: Teacher
+    pairs: TrainingPairs
+    evaluator: Evaluator
+    trainer: Trainer
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.accelerator.device
+
+
+def v22_settings(s: Settings):
     spec = importlib.util.spec_from_file_location("v22", ROOT / "v2" / "2.2.py")
     v22 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(v22)
     place = dict(teacher=f"{s.stand_in}/sd15", data=f"{s.stand_in}/coco2017") if s.stand_in else {**v22.MINI, "mini": True}
-    return v22.Settings(**place | dict(out=out, batch_size=s.batch, dtype=s.dtype, final_samples=s.pictures, eval_samples=2))
+    steps = 3 * (s.rounds + 1)  # three of the functions below train, once a round
+    return v22.Settings(**place | dict(steps=steps, batch_size=s.batch, dtype=s.dtype, final_samples=s.pictures))
 
 
-def steps_to_time(world, v, s: Settings) -> dict:
+def set_up(v) -> World:
+    """What V-2.2 trains with under the settings `v`, without a run's folder."""
+    accelerator = start_accelerator(v.device)
+    device, dtype = accelerator.device, pick_dtype(v.dtype, accelerator.device)
+    torch.manual_seed(v.seed)
+    data = draw_mini(ROOT / v.data) if v.mini else Path(v.data)
+    train_set = CocoCaptions(data, v.train_split, v.resolution)
+    val_set = CocoCaptions(data, v.val_split, v.resolution, limit=v.final_samples)
+    teacher = load_teacher(from_root(v.teacher), device, dtype)
+    config = student_config(teacher.unet, v.channels, v.layers, v.groups, v.mid_block)
+    config["sample_size"] = teacher.latent_side(v.resolution)
+    student = slice_unet(teacher.unet, config).to(device)
+    cache = make_folder(ROOT / v.cache_folder, "--cache-folder")
+    evaluator = Evaluator(v.features, val_set, teacher, cache, accelerator, sampling={}, workers=v.workers)
+    pairs = TrainingPairs(train_set, teacher, cache, batch_size=v.batch_size, seed=v.seed, caption_gb=v.cache_gb,
+                          device=device, workers=v.workers)
+    trainer = Trainer(accelerator, student, dtype=dtype, steps=v.steps, batch_size=v.batch_size, lr=v.lr, warmup=v.warmup,
+                      weight_decay=v.weight_decay, max_grad_norm=v.max_grad_norm, ema_decay=v.ema_decay)
+    return World(teacher, pairs, evaluator, trainer)
+
+
+def steps_to_time(world: World, v) -> dict:
     """name: a function that makes one step of that kind."""
-    device, scheduler = world.device, world.teacher.noise_scheduler
-    learner = Learner(world, v)
-    plain_optimizer = torch.optim.AdamW(world.student.parameters(), lr=1e-4)
-    store = TeacherStore(world.pairs, world.teacher_pred, [0.1])
-    dataset = world.pairs.dataset
-    pixels = torch.stack([dataset[i % len(dataset)] for i in range(s.batch)])
-    texts = [dataset.captions[i % len(dataset)][0] for i in range(s.batch)]
-    count = iter(range(10**9))
+    teacher, pairs, trainer = world.teacher, world.pairs, world.trainer
+    scheduler = teacher.noise_scheduler
+    store = TeacherStore(pairs, lambda noisy, batch: predict_noise(teacher.unet, noisy, batch), [0.1], v.steps)
+    count = iter(range(v.steps))
+    fixed = pairs.draw(0, 0.1)
 
-    def train(stored=None, kd=True):
-        step = next(count) % v.steps
-        batch = stored[0] if stored else world.pairs.draw(step, s.batch, 0.1, 0)
-        latents, hidden, noise, timesteps = batch
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        with world.autocast():
-            pred = world.student(noisy, timesteps, hidden, return_dict=False)[0].float()
-            loss = F.mse_loss(pred, noise)
-            if kd:
-                loss = loss + F.mse_loss(pred, stored[1] if stored else world.teacher_pred(noisy, timesteps, hidden))
-        learner.step(loss, step)
+    def train(batches, kd=True):
+        batch = batches.draw(next(count), 0.1)
+        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        with trainer.autocast():
+            teacher_pred = batch.teacher_pred
+            if kd and teacher_pred is None:
+                with torch.no_grad():
+                    teacher_pred = predict_noise(teacher.unet, noisy, batch)
+            noise_pred = predict_noise(trainer.model, noisy, batch)
+        loss = F.mse_loss(noise_pred, batch.noise)
+        if kd:
+            loss = loss + F.mse_loss(noise_pred, teacher_pred)
+        trainer.step(loss)
 
-    def plain():
-        """As a script writes it that encodes every step and asks the teacher with and without the caption."""
-        with torch.no_grad():
-            latents = encode_pictures(world.teacher.vae, pixels).float()
-            hidden = encode_captions(world.teacher.text_encoder, world.teacher.tokenizer, texts).float()
-            empty = encode_captions(world.teacher.text_encoder, world.teacher.tokenizer, [""] * s.batch).float()
-            noise, timesteps = torch.randn_like(latents), torch.randint(1000, (s.batch,), device=device)
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            with world.autocast():
-                target = world.teacher_pred(noisy, timesteps, hidden)
-                world.teacher_pred(noisy, timesteps, empty)
-        with world.autocast():
-            pred = world.student(noisy, timesteps, hidden, return_dict=False)[0].float()
-        plain_optimizer.zero_grad()
-        (F.mse_loss(pred, noise) + F.mse_loss(pred, target)).backward()
-        plain_optimizer.step()
-
-    fixed = world.pairs.draw(0, s.batch, 0.1, 0)
-
+    @torch.no_grad()
     def teacher_forward():
-        with world.autocast():
-            world.teacher_pred(fixed.latents, fixed.timesteps, fixed.hidden)
+        with trainer.autocast():
+            predict_noise(teacher.unet, fixed.latents, fixed)
 
     def student_both():
-        with world.autocast():
-            pred = world.student(fixed.latents, fixed.timesteps, fixed.hidden, return_dict=False)[0].float()
-        F.mse_loss(pred, fixed.noise).backward()
+        with trainer.autocast():
+            noise_pred = predict_noise(trainer.model, fixed.latents, fixed)
+        F.mse_loss(noise_pred, fixed.noise).backward()
+        trainer.student.zero_grad()  # a step begins without gradients too
 
-    return {"teacher forward": teacher_forward, "student forward + backward": student_both, "KD step": train,
-            "noise-only step": lambda: train(kd=False),
-            "step from the store": lambda: train(store.draw(next(count) % v.steps, v.steps, s.batch, 0)), "plain step": plain}
+    return {"teacher forward": teacher_forward, "student forward + backward": student_both, "KD step": lambda: train(pairs),
+            "noise-only step": lambda: train(pairs, kd=False), "step from the store": lambda: train(store),
+            "plain step": plain_step(world, v.batch_size)}
+
+
+def plain_step(world: World, batch_size: int):
+    """A KD step as a script writes it that encodes every step and asks the teacher with and without the caption."""
+    teacher, trainer, dataset = world.teacher, world.trainer, world.pairs.dataset
+    optimizer = torch.optim.AdamW(trainer.student.parameters(), lr=1e-4)
+    indices = [i % len(dataset) for i in range(batch_size)]
+    pixels = torch.stack([dataset[i] for i in indices])
+    texts = [dataset.captions[i][0] for i in indices]
+
+    def step():
+        with torch.no_grad():
+            latents = encode_images(teacher.vae, pixels).float()
+            encoded = encode_captions(teacher.text_encoder, teacher.tokenizer, texts)
+            empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""] * batch_size)
+            noise, timesteps = torch.randn_like(latents), torch.randint(1000, (batch_size,), device=world.device)
+            noisy = teacher.noise_scheduler.add_noise(latents, noise, timesteps)
+            batch = Batch(latents, encoded.float(), noise, timesteps)
+            with trainer.autocast():
+                target = predict_noise(teacher.unet, noisy, batch)
+                predict_noise(teacher.unet, noisy, batch._replace(encoder_hidden_states=empty.float()))
+        with trainer.autocast():
+            noise_pred = predict_noise(trainer.student, noisy, batch)
+        (F.mse_loss(noise_pred, noise) + F.mse_loss(noise_pred, target)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def medians(functions: dict, rounds: int) -> dict[str, float]:
@@ -121,88 +176,100 @@ def medians(functions: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def others_to_time(world, v, s: Settings, folder: Path) -> tuple[dict, dict]:
-    """Sampling, loading and evaluation, each beside the usual way; and checks that both give the same."""
+def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, int]:
+    """Sampling beside the usual way; what is drawn, and the largest difference between both ways' pictures."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    teacher, captions = world.teacher, world.evaluator.captions[: s.pictures]
-    student = world.student.eval()
+    teacher, student, captions = world.teacher, world.trainer.ema_student, world.evaluator.captions[:count]
     pipeline = StableDiffusionPipeline(
         vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=student, feature_extractor=None,
         scheduler=DDIMScheduler.from_config(teacher.noise_scheduler.config), safety_checker=None,
         requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    how = dict(sampler="ddim", steps=5, guidance=5.0, seed=0, size_px=v.resolution, batch=s.pictures)
 
     def by_pipeline():
-        with world.autocast():
+        with world.trainer.autocast():
             return pipeline(captions, num_inference_steps=5, guidance_scale=5.0, output_type="np",
                             generator=torch.Generator().manual_seed(0)).images
 
-    ours = sample(student, teacher, captions, **how)[0]
-    theirs = torch.from_numpy((by_pipeline() * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
-    facts = {"largest difference to the pipeline's pictures, of 255": (ours.int() - theirs.int()).abs().max().item()}
-    dataset = world.pairs.dataset
-    repeated = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(1024)])
-    files = [dataset.root / dataset.split / dataset.files[i] for i in repeated.indices]
-
-    def by_ours(dtype):
+    def by_ours(dtype=torch.float32):
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            return sample(student, teacher, captions, **how)
+            return sample(student, teacher, captions, sampler="ddim", steps=5, guidance=5.0, seed=0, size_px=v.resolution,
+                          batch=count)[0]
+
+    ours = by_ours()
+    theirs = torch.from_numpy((by_pipeline() * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+    difference = (ours.int() - theirs.int()).abs().max().item()
+    functions = {"sampling": by_ours, "sampling in bf16": lambda: by_ours(torch.bfloat16),
+                 "StableDiffusionPipeline": by_pipeline}
+    return functions, ours, difference
+
+
+def loading_to_time(dataset: CocoCaptions, size_px: int) -> dict:
+    """Decoding of 1,024 files, beside the usual way."""
+    repeated = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(1024)])
+    files = [dataset.path(i) for i in repeated.indices]
 
     def by_pil():
         for file in files:
             with Image.open(file) as image:
-                ImageOps.fit(image.convert("RGB"), (v.resolution,) * 2, Image.Resampling.BICUBIC)
+                ImageOps.fit(image.convert("RGB"), (size_px, size_px), Image.Resampling.BICUBIC)
 
-    functions = {
-        "sampling": lambda: by_ours(torch.float32), "sampling in bf16": lambda: by_ours(torch.bfloat16),
-        "StableDiffusionPipeline": by_pipeline,
-        "image loading": lambda: [load_image(file, v.resolution) for file in files],
-        "image loading by workers": lambda: list(pictures(repeated, 128, os.cpu_count())), "plain PIL": by_pil}
-    if v.features == "inception":
-        from pytorch_fid.fid_score import calculate_fid_given_paths
+    return {"image loading": lambda: [load_image(file, size_px) for file in files],
+            "image loading by workers": lambda: list(images(repeated, 128, os.cpu_count())),
+            "plain PIL": by_pil}
 
-        reals = [world.evaluator.dataset[i] for i in range(s.pictures)]
-        for name, found in (("real", reals), ("drawn", ours)):
-            (folder / name).mkdir()
-            for i, picture in enumerate(found):
-                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / name / f"{i}.png")
-        world.evaluator.score(ours)  # the frozen side, paid once
-        # the command without its start-up, which this process has had: importing torch would count against it
-        functions |= {"evaluation": lambda: world.evaluator.score(ours), "pytorch_fid": lambda: calculate_fid_given_paths(
-            [str(folder / "real"), str(folder / "drawn")], 50, world.device, 2048, 0)}
-    return functions, facts
+
+def evaluation_to_time(world: World, drawn: torch.Tensor, folder: Path) -> dict:
+    """FID, KID and the rest, beside pytorch-fid on folders of the same pictures."""
+    from pytorch_fid.fid_score import calculate_fid_given_paths
+
+    evaluator = world.evaluator
+    real = [evaluator.dataset[i] for i in evaluator.usable[: len(drawn)]]
+    for name, pictures in (("real", real), ("drawn", drawn)):
+        (folder / name).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / name / f"{i}.png")
+    paths = [str(folder / "real"), str(folder / "drawn")]
+    evaluator.score(drawn)  # the frozen side, paid once
+    # the command without its start-up, which this process has had: importing torch would count against it
+    return {"evaluation": lambda: evaluator.score(drawn),
+            "pytorch_fid": lambda: calculate_fid_given_paths(paths, 50, world.device, 2048, 0)}
+
+
+def print_steps(t: dict[str, float], world: World, s: Settings):
+    noise_floor = t["student forward + backward"]
+    kd_floor = t["teacher forward"] + noise_floor
+    floors = {"KD step": kd_floor, "plain step": kd_floor, "noise-only step": noise_floor, "step from the store": noise_floor}
+    rows = {}
+    for name, seconds in t.items():
+        times_floor = seconds / floors[name] if name in floors else None
+        rows[name] = {"seconds": seconds, "images/s": s.batch / seconds, "x its floor": times_floor}
+    print(f"\n{torch.get_num_threads()} threads, {world.device.type}, {s.dtype}, batch {s.batch}\n{table(rows)}")
+    print(f"KD step against the plain one: {t['plain step'] / t['KD step']:.2f} x faster\n"
+          f"step from the store against the KD step: {t['KD step'] / t['step from the store']:.2f} x faster")
 
 
 def main(s: Settings):
-    check({f"{s.stand_in} is no stand-in; make it with python bench/stand_in.py --out {s.stand_in}":
-               not s.stand_in or (Path(s.stand_in) / "sd15").is_dir(),
-           "--batch, --rounds and --pictures must be at least 2": min(s.batch, s.rounds, s.pictures) >= 2})
+    there = not s.stand_in or (Path(s.stand_in) / "sd15").is_dir()
+    require(there, f"{s.stand_in} is no stand-in; make it with python bench/stand_in.py --out {s.stand_in}")
     if s.stand_in:
         os.environ["TORCH_HOME"] = str(Path(s.stand_in).resolve() / "torch")
+    v = v22_settings(s)
+    world = set_up(v)
+    print_steps(medians(steps_to_time(world, v), s.rounds), world, s)
+    functions, drawn, difference = sampling_to_time(world, v, s.pictures)
+    functions |= loading_to_time(world.pairs.dataset, v.resolution)
     with tempfile.TemporaryDirectory() as folder:
-        v = v22_settings(s, f"{folder}/run")
-        world = prepare(v)
-        t = medians(steps_to_time(world, v, s), s.rounds)
-        kd_floor, noise_floor = t["teacher forward"] + t["student forward + backward"], t["student forward + backward"]
-        rows = {name: {"seconds": seconds, "images/s": s.batch / seconds, "x its floor": {
-            "KD step": seconds / kd_floor, "plain step": seconds / kd_floor}.get(
-                name, seconds / noise_floor if "step" in name else None)} for name, seconds in t.items()}
-        print(f"\n{torch.get_num_threads()} threads, {world.device.type}, {s.dtype}, batch {s.batch}\n{table(rows)}")
-        print(f"KD step against the plain one: {t['plain step'] / t['KD step']:.2f} x faster\n"
-              f"step from the store against the KD step: {t['KD step'] / t['step from the store']:.2f} x faster")
-        functions, facts = others_to_time(world, v, s, Path(folder))
+        if v.features == "inception":
+            functions |= evaluation_to_time(world, drawn, Path(folder))
         t = medians(functions, s.rounds)
-        print(table({name: {"seconds": seconds} for name, seconds in t.items()}))
-        for ours, theirs in (("sampling", "StableDiffusionPipeline"), ("sampling in bf16", "StableDiffusionPipeline"),
-                             ("image loading", "plain PIL"), ("image loading by workers", "plain PIL"),
-                             ("evaluation", "pytorch_fid")):
-            if ours in t:
-                print(f"{ours} against {theirs}: {t[theirs] / t[ours]:.2f} x faster")
-        for what, value in facts.items():
-            print(f"{what}: {value}")
+    print(table({name: {"seconds": seconds} for name, seconds in t.items()}))
+    for ours, theirs in AGAINST.items():
+        if ours in t:
+            print(f"{ours} against {theirs}: {t[theirs] / t[ours]:.2f} x faster")
+    print(f"largest difference to the pipeline's pictures, of 255: {difference}")
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    start(main, parse(Settings, __doc__, limits={name: (2, None) for name in ("batch", "rounds", "pictures")}))

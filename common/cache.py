@@ -20,7 +20,9 @@ from common.files import fingerprint, full_disk_is_one_line, reserve, write_atom
 from common.sampling import encode_captions, encode_images
 from common.settings import require
 
-FORMAT = 2  # raise it with every change of the code that changes what is computed from the same inputs
+# Raise it with every change of the code that changes what is computed from the same inputs, and make the embedded teacher's
+# shipped images anew (checkpoints/mini-teacher/README.md).
+FORMAT = 2
 
 DEPENDS_ON = {  # the teacher's parts that each kind of cached thing is computed with
     "pairs": ("vae", "text_encoder", "tokenizer"),
@@ -34,8 +36,8 @@ DEPENDS_ON = {  # the teacher's parts that each kind of cached thing is computed
 def cache_key(kind: str, teacher, *others) -> str:
     """A hash of all that a cached thing of this `kind` depends on: the code's FORMAT, the weights and configs of the
     teacher's parts that make it, and `others` (of a data set its `fingerprint()`, a network, options)."""
-    parts = [teacher.fingerprint(part) for part in DEPENDS_ON[kind]]
-    return fingerprint(FORMAT, kind, *parts, *others)
+    parts = DEPENDS_ON[kind]
+    return fingerprint(FORMAT, kind, teacher.fingerprint(*parts) if parts else "", *others)
 
 
 # --- arrays on disk -------------------------------------------------------------------------------------------------
@@ -130,12 +132,19 @@ class Batch(NamedTuple):
     dropout: float = 0.0  # the rate at which captions were dropped
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device. On CUDA through pinned memory, as a plain copy would make every step wait for the last."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def draw_noise(rng: np.random.Generator, shape: tuple, chain: torch.Tensor, mine: slice, device):
     """Standard normal noise for latents of `shape` and timesteps out of `chain`, of which the share `mine` is returned."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))  # on the CPU: the same numbers for every device
     noise = torch.randn(shape, generator=generator)[mine]
     timesteps = chain[torch.randint(len(chain), shape[:1], generator=generator)[mine]]
-    return noise.to(device), timesteps.to(device)
+    return upload(noise, device), upload(timesteps, device)
 
 
 def share_of(batch_size: int, share: int, shares: int) -> slice:
@@ -176,6 +185,9 @@ class TrainingPairs:
 
     def __len__(self) -> int:
         return len(self.usable)
+
+    def describe(self) -> str:
+        return self.dataset.describe(len(self), "training")
 
     @torch.no_grad()
     def _cache_latents(self, workers: int):
@@ -250,7 +262,7 @@ class TrainingPairs:
             indices, latents = self._encode(indices, mirrored)
         else:
             rows = [self.latents[int(mirror)][i] for i, mirror in zip(indices, mirrored)]
-            latents = torch.from_numpy(np.stack(rows)).to(self.device)
+            latents = upload(torch.from_numpy(np.stack(rows)), self.device)
         texts = []
         for i, choice in zip(indices, choices):
             captions = self.dataset.captions[i]
@@ -265,10 +277,11 @@ class TrainingPairs:
         live = [i for i, text in enumerate(texts) if text and text not in row_of]
         if cached:
             rows = [row_of[texts[i]] for i in cached]
-            states[cached] = torch.from_numpy(self.embeddings[rows]).to(states)
+            embeddings = upload(torch.from_numpy(self.embeddings[rows]), self.device)
+            states.index_copy_(0, upload(torch.tensor(cached), self.device), embeddings.float())
         if live:
             encoded = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, [texts[i] for i in live])
-            states[live] = encoded.to(states)
+            states.index_copy_(0, upload(torch.tensor(live), self.device), encoded.float())
         return states
 
     @torch.no_grad()
@@ -328,9 +341,9 @@ class TeacherStore:
             noise.append(rng.standard_normal(shape, dtype=np.float32))
             mirrored.append(self.pairs.flip and rng.random() < 0.5)
         latents, encoder_hidden_states = self.pairs.batch(indices, np.array(choices), np.array(mirrored))
-        device = self.pairs.device
-        noise = torch.from_numpy(np.stack(noise)).to(device)
-        return Batch(latents, encoder_hidden_states, noise, torch.tensor(timesteps, device=device), dropout=self.dropouts[k])
+        noise = upload(torch.from_numpy(np.stack(noise)), self.pairs.device)
+        timesteps = upload(torch.tensor(timesteps), self.pairs.device)
+        return Batch(latents, encoder_hidden_states, noise, timesteps, dropout=self.dropouts[k])
 
     def draw(self, step: int, dropout: float = 0.0, *, part: int = 0, parts: int = 1) -> Batch:
         """The batch of one step, or this process's share of it, as `TrainingPairs.draw` gives it, with `teacher_pred`.
@@ -339,7 +352,7 @@ class TeacherStore:
         k = step * len(self.stored) // self.steps
         mine = share_of(pairs.batch_size, pairs.rank * parts + part, pairs.processes * parts)
         indices = pairs.indices(step)[mine]
-        teacher_pred = torch.from_numpy(self.stored[k][indices]).float().to(pairs.device)
+        teacher_pred = upload(torch.from_numpy(self.stored[k][indices]), pairs.device).float()
         return self.fixed(k, indices)._replace(teacher_pred=teacher_pred)
 
 

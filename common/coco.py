@@ -62,7 +62,8 @@ class CocoCaptions(torch.utils.data.Dataset):
                 f"  python data/download_coco.py --out {self.root}\nor run the embedded world with --mini"
             )
         self.files, self.captions, self.image_ids, self._stamps = [], [], [], []
-        self.skipped, self.examples = {}, []
+        self._fingerprint = None  # half a second at COCO's size
+        self.skipped, self.examples, self._skipped_names = {}, [], set()
         try:
             content = json.loads(read_text(self.annotations))
             names, texts = {}, {}  # of each id; the names as a dict's keys, which keep their order
@@ -115,6 +116,8 @@ class CocoCaptions(torch.utils.data.Dataset):
         return self.root / self.split / self.files[i]
 
     def skip(self, reason: str, name: str):
+        """Count a picture as left out: one that is not among `files`, or one of them that turned out to be broken."""
+        self._skipped_names.add(name)
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         if len(self.examples) < 5:
             shown = clean(str(name))[:100]
@@ -125,10 +128,14 @@ class CocoCaptions(torch.utils.data.Dataset):
         counts = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
         return f"{counts}, such as {', '.join(self.examples)}" if counts else ""
 
+    def describe(self, usable: int, purpose: str) -> str:
+        left_out = self.left_out()
+        return f"{usable:,} {purpose} pictures" + (f" (left out: {left_out})" if left_out else "")
+
     def require_share(self, max_broken: float):
         """Raises SystemExit where more than the share `max_broken` of the pictures had to be left out."""
         bad = sum(self.skipped.values())
-        total = len(self.files) + bad
+        total = len(self._skipped_names.union(self.files))
         if bad > max_broken * total:
             raise SystemExit(f"error: {bad:,} of {total:,} pictures of {self.split} cannot be used: {self.left_out()}; "
                              "mend the set, or allow more with --max-broken")
@@ -140,11 +147,13 @@ class CocoCaptions(torch.utils.data.Dataset):
         every start would take minutes. So a file that was replaced by one of the same size with its old time (`cp -p`,
         `rsync -t`, unpacked archives) goes unseen; `touch` it. A copy of the set without its times counts as another set.
         """
-        digest = hashlib.blake2b(digest_size=12)
-        digest.update(json.dumps([self.split, self.size_px]).encode())
-        for picture in zip(self.files, self._stamps, self.captions):
-            digest.update(json.dumps(picture).encode())
-        return digest.hexdigest()
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(digest_size=12)
+            digest.update(json.dumps([self.split, self.size_px]).encode())
+            for picture in zip(self.files, self._stamps, self.captions):
+                digest.update(json.dumps(picture).encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def __len__(self) -> int:
         return len(self.files)

@@ -97,7 +97,7 @@ def main(s: Settings):
     if s.model:
         folder = Path(from_root(s.model))
         folder = folder / "student" if (folder / "student" / "unet").is_dir() else folder
-        unet = load_unet(str(folder) if folder.exists() else s.model).to(accelerator.device)
+        unet = load_unet(str(folder) if folder.exists() else s.model, what="the model").to(accelerator.device)
         require(unet.config.in_channels == teacher.unet.config.in_channels, f"{s.model} draws in another latent space")
         evaluation = evaluator.evaluate(unet, count)
         shown, rows["student"] = evaluation.images, evaluation.scores

@@ -47,27 +47,19 @@ def read_text(path: Path) -> str:
 
 
 def fingerprint(*parts) -> str:
-    """A short hash of modules (their configs and weights), paths (file contents) and plain values."""
+    """A short hash of modules (their weights), paths (file contents) and plain values."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
         if isinstance(part, torch.nn.Module):
-            config = getattr(part, "config", None)
-            digest.update(repr(sorted_config(config)).encode())
             for name, weight in part.state_dict().items():
                 digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
                 values = weight.detach().cpu().contiguous().flatten()
-                digest.update(values.view(torch.uint8).numpy())  # numpy knows no bf16, but bytes
+                digest.update(values.view(torch.uint8).numpy())  # as bytes: numpy knows no bf16
         elif isinstance(part, Path):
             digest.update(part.read_bytes())
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()
-
-
-def sorted_config(config) -> list:
-    """A model's or scheduler's config as a list in a fixed order, without what says where it came from."""
-    values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    return sorted((name, repr(value)) for name, value in values.items() if not name.startswith("_"))
 
 
 def make_folder(folder: Path, option: str) -> Path:

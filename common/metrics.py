@@ -134,6 +134,9 @@ class Evaluator:
                 "metric works with fewer than 2")
         self.captions = [dataset.captions[i][0] for i in self.usable]
 
+    def describe(self) -> str:
+        return self.dataset.describe(len(self.captions), "validation")
+
     # --- the frozen side ---
 
     @torch.no_grad()
@@ -189,8 +192,8 @@ class Evaluator:
         images = self.teacher_images(count)
         count, seconds = len(images), self._teacher_images[len(images)][1]
         if count not in self._teacher_scores:
-            parts = [self.teacher.fingerprint(part) for part in ("unet", "vae")]
-            key = fingerprint(*parts, images.numpy().tobytes(), self.network_key, self.dataset.fingerprint())
+            key = fingerprint(images.numpy().tobytes(), self.teacher.fingerprint("vae"), self.network_key,
+                              self.dataset.fingerprint())
             path = self.folder / f"teacher-scores-{count}-{key}.json"
             if not self._everywhere(path):
                 scores = self.score(images, images)

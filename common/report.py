@@ -81,14 +81,12 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def summary(student, teacher, pairs, val_set) -> str:
+def summary(student, teacher, *sources) -> str:
     """What a run trains, and on what, in two or three lines."""
     parameters = sum(p.numel() for p in student.parameters())
-    lines = [f"student: {parameters / 1e6:.2f} M parameters, {parameters / teacher.parameters:.1%} of the teacher's U-Net"]
-    for what, count, dataset in (("training", len(pairs), pairs.dataset), ("validation", len(val_set), val_set)):
-        left_out = dataset.left_out()
-        lines.append(f"{count:,} {what} pictures" + (f" (left out: {left_out})" if left_out else ""))
-    return "\n".join(lines)
+    share = parameters / teacher.parameters
+    lines = [f"student: {parameters / 1e6:.2f} M parameters, {share:.1%} of the teacher's U-Net"]
+    return "\n".join(lines + [source.describe() for source in sources])
 
 
 def save_student(unet, teacher, folder: Path, card: ModelCard):

@@ -39,6 +39,8 @@ class Run:
         # without a checkpoint there is no run yet: what stopped it may be mended by other settings
         self.begun = path.is_file() and any(self.folder.glob("checkpoint-*[0-9]"))
         self.reason = ""  # why it is to stop
+        old = any(self.folder.glob("state-*.pt"))
+        require(not old, f"{out} holds a run of this project's first version, which cannot be resumed; choose another --out")
         if not self.main or not self.begun:
             return
         require(resume, f"{out} holds a run already; go on with --resume, or choose another --out")

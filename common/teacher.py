@@ -14,6 +14,9 @@ from common.settings import first_line, require
 
 CURE_FOR_PICKLES = ("Pickles can run code; of an author whom you trust, StableDiffusionPipeline.from_pretrained(NAME, "
                     "use_safetensors=False).save_pretrained(FOLDER) makes a folder that works")
+CURE = "Give a folder or a hub id that this machine reaches, or stay in the embedded world: --mini, checkpoints/mini-teacher"
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "noise_scheduler")
 
 
 @dataclass
@@ -46,19 +49,28 @@ class Teacher:
         """Where its files lie: its folder, or the hub client's cache of it."""
         return Path(self.name if Path(self.name).is_dir() else snapshot_download(self.name, local_files_only=True))
 
-    def fingerprint(self, part: str) -> str:
-        """A hash of everything of `part` that changes a number: weights, config, vocabulary."""
-        if part not in self.fingerprints:
-            value = getattr(self, part)
-            if part == "tokenizer":
-                value = (value.backend_tokenizer.to_str(), value.model_max_length, value.pad_token)
-            elif part == "noise_scheduler":
-                value = sorted((k, repr(v)) for k, v in value.config.items() if not k.startswith("_"))
-            self.fingerprints[part] = fingerprint(value)
-        return self.fingerprints[part]
+    def fingerprint(self, *parts: str) -> str:
+        """A hash of everything of the named parts (of all) that changes a number: weights, config, vocabulary."""
+        for part in parts or PARTS:
+            if part not in self.fingerprints:
+                value = getattr(self, part)
+                if part == "tokenizer":
+                    self.fingerprints[part] = fingerprint(value.backend_tokenizer.to_str(), value.model_max_length)
+                else:
+                    self.fingerprints[part] = fingerprint(value, own_config(value.config))
+        return fingerprint(*(self.fingerprints[part] for part in parts or PARTS))
 
 
-def load_part(kind, name: str, part: str, **options):
+def own_config(config) -> list:
+    """What a part's config says beyond its class's defaults, to which a library's next version may add."""
+    if hasattr(config, "to_diff_dict"):  # transformers'
+        values, passing = config.to_diff_dict(), {"transformers_version", "architectures", "dtype", "torch_dtype"}
+    else:  # diffusers'
+        values, passing = config, set(config.get("_use_default_values", ()))
+    return sorted((k, repr(v)) for k, v in values.items() if not k.startswith("_") and k not in passing)
+
+
+def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
     """The weights of `<name>/<part>`, all of them from its file; where there is none in full precision, of the fp16 one.
 
     Raises SystemExit with one line.
@@ -77,9 +89,8 @@ def load_part(kind, name: str, part: str, **options):
         if isinstance(error, SystemExit):
             raise
         pickles = any((folder / part).glob("*.bin"))
-        cure = CURE_FOR_PICKLES if pickles else ("Give --teacher a folder or a hub id that this machine reaches, or run the "
-                                                 "embedded world with --mini")
-        raise SystemExit(f"error: the teacher {name} could not be loaded: {part}: {first_line(error)}. {cure}") from None
+        cure = CURE_FOR_PICKLES if pickles else CURE
+        raise SystemExit(f"error: {what} {name} could not be loaded: {part}: {first_line(error)}. {cure}") from None
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     unexpected = sorted(found["unexpected_keys"])
     if missing:
@@ -89,9 +100,9 @@ def load_part(kind, name: str, part: str, **options):
     return model.eval().requires_grad_(False)
 
 
-def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+def load_unet(name: str, dtype: torch.dtype = torch.float32, what: str = "the teacher") -> UNet2DConditionModel:
     """The frozen U-Net of a folder or hub id. Raises SystemExit with one line where it is of another family than SD-1.x."""
-    unet = load_part(UNet2DConditionModel, name, "unet", dtype=dtype)
+    unet = load_part(UNet2DConditionModel, name, "unet", what, dtype=dtype)
     config = unet.config
     plain = (config.addition_embed_type is None and config.class_embed_type is None and not config.use_linear_projection
              and isinstance(config.attention_head_dim, int) and isinstance(config.layers_per_block, int)
@@ -102,18 +113,18 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionM
     return unet
 
 
-def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:
+def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32, what: str = "the teacher") -> Teacher:
     """Load `name`, a folder or a hub id, in the precision `dtype`. Raises SystemExit with one line where that cannot be done
     or where it cannot be a Stable Diffusion 1.x teacher."""
-    unet = load_unet(name, dtype)
-    vae = load_part(AutoencoderKL, name, "vae", dtype=dtype)
-    text_encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=dtype)
+    unet = load_unet(name, dtype, what)
+    vae = load_part(AutoencoderKL, name, "vae", what, dtype=dtype)
+    text_encoder = load_part(CLIPTextModel, name, "text_encoder", what, dtype=dtype)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
         # Stable Diffusion's pipeline insists on these two
         scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", clip_sample=False, steps_offset=1)
     except Exception as error:
-        raise SystemExit(f"error: the teacher {name} could not be loaded ({first_line(error)})") from None
+        raise SystemExit(f"error: {what} {name} could not be loaded ({first_line(error)})") from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     require_sd1(name, unet, vae, text_encoder, tokenizer, scheduler)
     for model in (unet, vae, text_encoder):

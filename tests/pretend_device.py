@@ -35,6 +35,9 @@ import safetensors.torch
 import torch
 import torch._dynamo  # optimizers import it, and it wants to see torch as it is
 
+# It reaches into torch's own tables, so it is kept to the build that it was written for.
+POSSIBLE = sys.platform == "linux" and torch.version.cuda is None and torch.__version__.startswith("2.13.")
+
 aten = torch.ops.aten
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._index_put_impl_)
 SCALARS = (*INDEXED, aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_fill, aten.index_fill_)

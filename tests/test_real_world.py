@@ -1,14 +1,14 @@
 """The real world's code on stand-ins of its layout: Inception features and FID, true-size pieces."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines, script
+from conftest import lines, run_apart, script
 from PIL import Image
+
+from data.draw_mini import Painter, plan_set
 
 stand_in = script("bench/stand_in.py")
 
@@ -27,23 +27,23 @@ def networks(tmp_path_factory):
         os.environ["TORCH_HOME"] = before
 
 
-def test_fid_is_the_pytorch_fid_commands(networks, mini, tmp_path):
+@pytest.mark.slow
+def test_fid_is_the_pytorch_fid_commands(networks, tmp_path):
     from common.metrics import InceptionV3, frechet_distance
 
     rng = np.random.default_rng(0)
-    folders = {}
+    painter, scenes, folders = Painter(), plan_set(120), {}
     for name, first in (("a", 0), ("b", 60)):
-        files = sorted((mini / "val").iterdir())[first : first + 60]
-        pictures = np.stack([np.asarray(Image.open(f).convert("RGB").resize((64, 64))) for f in files])
+        drawn = [Image.fromarray(painter.paint(scene)) for scene, _ in scenes[first : first + 60]]
+        pictures = np.stack([np.asarray(picture.resize((64, 64))) for picture in drawn])
         if name == "b":
             pictures = (pictures + rng.normal(0, 20, pictures.shape)).clip(0, 255).astype(np.uint8)
         folders[name] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         (tmp_path / name).mkdir()
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
-    done = subprocess.run([sys.executable, "-c", "import common, runpy; runpy.run_module('pytorch_fid', run_name='__main__')",
-                           str(tmp_path / "a"), str(tmp_path / "b"), "--device", "cpu", "--num-workers", "0"],
-                          capture_output=True, text=True, cwd=ROOT)
+    done = run_apart("-c", "import common, runpy; runpy.run_module('pytorch_fid', run_name='__main__')", tmp_path / "a",
+                     tmp_path / "b", "--device", "cpu", "--num-workers", "0")
     assert done.returncode == 0, done.stderr[-2000:]
     want = float(done.stdout.split("FID:")[1])
     network = InceptionV3()
@@ -69,7 +69,7 @@ def test_lpips_is_the_packages_own(networks):
 def test_reduced_jpeg_decoding_stays_close_to_the_whole_one(tmp_path):
     from PIL import ImageOps
 
-    from common.coco import load_image
+    from common.images import load_image
 
     stand_in.make_coco(tmp_path, 8, 2, 0)
     for file in sorted((tmp_path / "train2017").iterdir()):
@@ -79,6 +79,7 @@ def test_reduced_jpeg_decoding_stays_close_to_the_whole_one(tmp_path):
         assert 10 * np.log10(255**2 / error) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path, parameters", [("v1/1.py", 64_140_964), ("v2/2.2.py", 64_140_964),
                                               ("v3/train_student_kd.py", 65_188_324)])
 def test_the_defaults_fit_a_6_gb_card_with_a_margin(path, parameters):
@@ -90,16 +91,16 @@ def test_the_defaults_fit_a_6_gb_card_with_a_margin(path, parameters):
     assert max(row["peak in training"], row["in evaluation"]) + context < 0.85 * 6
 
 
+@pytest.mark.slow
 def test_a_run_at_the_true_size(tmp_path):
     """SD-1.5's and COCO's sizes and layouts, Inception's and AlexNet's too, random weights: as a user would type it."""
     from safetensors import safe_open
 
     stand_in.main(stand_in.Settings(out=str(tmp_path / "stand-in"), train=8, val=2))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "v2" / "2.2.py"), "--teacher", str(tmp_path / "stand-in" / "sd15"), "--data",
-         str(tmp_path / "stand-in" / "coco2017"), "--device", "cpu", "--steps", "2", "--batch-size", "2", "--eval-every", "0",
-         "--final-samples", "2", "--sample-steps", "2", "--cache-folder", str(tmp_path / "cache"),
-         "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT,
+    done = run_apart(
+        "v2/2.2.py", "--teacher", tmp_path / "stand-in" / "sd15", "--data", tmp_path / "stand-in" / "coco2017", "--device",
+        "cpu", "--steps", "2", "--batch-size", "2", "--eval-every", "0", "--final-samples", "2", "--sample-steps", "2",
+        "--cache-folder", tmp_path / "cache", "--out", tmp_path / "run",
         env=os.environ | {"TORCH_HOME": str(tmp_path / "stand-in" / "torch")})
     assert done.returncode == 0, done.stderr[-2000:]
     logged = lines(tmp_path / "run")

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_apart
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -210,13 +210,16 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after(small_set, teacher, s
 
 def test_ctrl_c_while_caching_is_one_line_and_loses_nothing(tmp_path):
     program = ("import numpy as np; from pathlib import Path; from common.cache import cached_array\n"
+               "from common.settings import start\n"
                "def produce(start):\n"
                "    print('from', start)\n"
                "    for i in range(start, 6):\n"
                "        if i == stop: raise KeyboardInterrupt\n"
                "        yield [i], i + 1, np.full((1, 2), i)\n"
-               f"print(cached_array(Path({str(tmp_path)!r}), 'x', (6, 2), produce, 'row')[0][:, 0].tolist())")
-    stopped, again = (subprocess.run([sys.executable, "-c", f"stop = {stop}\n{program}"], capture_output=True, text=True,
-                                     cwd=ROOT) for stop in (4, -1))
-    assert stopped.returncode != 0 and "stopped; what was saved is kept" in stopped.stderr and "Traceback" not in stopped.stderr
+               "def main(folder):\n"
+               "    print(cached_array(Path(folder), 'x', (6, 2), produce, 'row')[0][:, 0].tolist())\n"
+               f"start(main, {str(tmp_path)!r})")
+    stopped, again = (run_apart("-c", f"stop = {stop}\n{program}") for stop in (4, -1))
+    assert stopped.returncode == 130 and "stopped; what was saved is kept" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     assert again.returncode == 0 and again.stdout.split("\n")[:2] == ["from 4", "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]"]

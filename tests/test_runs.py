@@ -2,50 +2,52 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, lines, script
+from conftest import ROOT, TEACHER, lines, refusal, run, run_apart, script
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from common.run import comparable
-from common.settings import parse
-from common.training import Learner, one_cycle
+from common.report import comparable
 
-SCRIPTS = {"v1": ROOT / "v1" / "1.py", "v2.1": ROOT / "v2" / "2.1.py", "v2.2": ROOT / "v2" / "2.2.py",
-           "v2.2 store": ROOT / "v2" / "2.2.py"}
+SCRIPTS = {"v1": "v1/1.py", "v2.1": "v2/2.1.py", "v2.2": "v2/2.2.py", "v2.2 store": "v2/2.2.py"}
 OWN = {"v1": ["--mid-block", "--feature-blocks", "down_blocks.0,mid_block,up_blocks.3", "--progressive", "--chains",
               "1000,50,25", "--stage-percent", "40,30,30"],
        "v2.1": [], "v2.2": ["--store", "0"], "v2.2 store": ["--store", "3"]}
+SLOW = pytest.mark.slow
+WEIGHTS = "student/unet/diffusion_pytorch_model.safetensors"
 
 
-def command(name, small_set, out, *more):
-    return [sys.executable, str(SCRIPTS[name]), "--teacher", str(ROOT / "checkpoints" / "mini-teacher"), "--data",
-            str(small_set), "--train-split", "train", "--val-split", "val", "--resolution", "32", "--channels",
-            "16,32,32,48", "--steps", "24", "--batch-size", "8", "--lr", "1e-3", "--features", "effnet-lite0",
-            "--eval-every", "16", "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "3", "--save-every", "5",
-            "--log-every", "1", "--device", "cpu", "--out", str(out), *OWN[name], *more]
+def command(name, small_set, cache, out, *more) -> list[str]:
+    """A script and its arguments. Its batches, and so its losses, are those of 48 pictures."""
+    return [SCRIPTS[name], "--teacher", str(TEACHER), "--data", str(small_set), "--train-split", "train", "--val-split", "val",
+            "--resolution", "32", "--channels", "16,32,32,48", "--steps", "24", "--batch-size", "8", "--lr", "1e-3",
+            "--features", "effnet-lite0", "--eval-every", "16", "--eval-samples", "4", "--final-samples", "8",
+            "--sample-steps", "3", "--save-every", "5", "--log-every", "1", "--device", "cpu", "--workers", "0",
+            "--cache-folder", str(cache), "--out", str(out), *OWN[name], *more]
 
 
-def run(*arguments):
-    return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+def start(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, **options)
 
 
 def last_step(out):
     path = out / "metrics.jsonl"
-    return json.loads(path.read_text().splitlines()[-1])["step"] if path.is_file() and path.read_text() else 0
+    return json.loads(path.read_text("utf-8").splitlines()[-1])["step"] if path.is_file() and path.read_text("utf-8") else 0
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def unbroken(request, small_set, tmp_path_factory):
+def unbroken(request, small_set, cache, tmp_path_factory):
+    """(its name, its folder, what it printed) of a run of each script."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = run(*command(request.param, small_set, out))
+    done = run(*command(request.param, small_set, cache, out))
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, out, done.stdout
 
@@ -59,8 +61,19 @@ def test_outputs_are_complete_and_stock(unbroken):
     assert [x["step"] for x in lines(out) if "evaluation" in x] == [16, 24]
     assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 25))
     assert [x["step"] for x in comparable(lines(out))] == [16]  # the last evaluation has more samples: no point of the curve
-    card = (out / "student" / "README.md").read_text()
+    card = (out / "student" / "README.md").read_text("utf-8")
     assert card.startswith("---\n") and "model-index" in card and "FD(effnet-lite0)" in card
+
+
+def test_the_students_other_files_are_the_teachers_own(unbroken):
+    _, out, _ = unbroken
+    for part in ("vae", "text_encoder", "tokenizer"):
+        theirs = {f.relative_to(TEACHER): f.read_bytes() for f in (TEACHER / part).rglob("*") if f.is_file()}
+        ours = {f.relative_to(out / "student"): f.read_bytes() for f in (out / "student" / part).rglob("*") if f.is_file()}
+        assert ours == theirs and theirs
+    half = load_file(TEACHER / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in half.values()} == {torch.float16}
+    assert {weight.dtype for weight in load_file(out / WEIGHTS).values()} == {torch.float32}
 
 
 def test_the_loss_is_made_of_its_parts(unbroken):
@@ -80,41 +93,99 @@ def test_the_loss_is_made_of_its_parts(unbroken):
         else:
             continue
         assert abs(x["loss"] - want) < 1e-5 * max(1, want)
+        assert x["loss_max"] == x["loss"]  # with a line for every step
 
 
-def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, unbroken, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_as_one(small_set, cache, unbroken, tmp_path):
+    name, whole, _ = unbroken
+    done = run_apart("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                     "--mixed_precision", "no", "--dynamo_backend", "no", *command(name, small_set, cache, tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = lines(whole), lines(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a["step"] == b["step"]
+        if "loss" in a:
+            assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"], (a, b)
+    a, b = one[-1]["evaluation"], two[-1]["evaluation"]  # each process draws its share of the pictures
+    assert a["samples"] == b["samples"] == 8
+    assert abs(a["FD(effnet-lite0)"] / b["FD(effnet-lite0)"] - 1) < 0.01
+
+
+@pytest.mark.parametrize("unbroken", [*(pytest.param(name, marks=SLOW) for name in SCRIPTS if name != "v2.2 store"),
+                                      "v2.2 store"], indirect=True)
+def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, unbroken, tmp_path):
     name, whole, _ = unbroken
     out = tmp_path / "killed"
-    process = subprocess.Popen(command(name, small_set, out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = command(name, small_set, cache, out)
+    process = start(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and last_step(out) < 12:
-        time.sleep(0.05)
+        time.sleep(0.02)
     assert process.poll() is None
     process.kill()
     process.wait()
-    again = run(*command(name, small_set, out))
-    assert again.returncode == 1 and "--resume" in again.stderr and "Traceback" not in again.stderr
-    newest = max(out.glob("state-*.pt"))  # as if the disk had failed it
+    assert "--resume" in refusal(*arguments)
+    newest = max(out.glob("checkpoint-????????")) / "trainer.pt"  # as if the disk had failed it
     newest.write_bytes(newest.read_bytes()[:10_000])
-    done = run(*command(name, small_set, out, "--resume"))
+    done = run_apart(*arguments, "--resume")
     assert done.returncode == 0 and "is broken" in done.stdout and "going on at step" in done.stdout, done.stderr[-2000:]
-    weights = "student/unet/diffusion_pytorch_model.safetensors"
-    want, found = load_file(whole / weights), load_file(out / weights)
+    want, found = load_file(whole / WEIGHTS), load_file(out / WEIGHTS)
     assert all(torch.equal(want[k], found[k]) for k in want)
     assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 25))
+    assert [x["step"] for x in lines(out) if "evaluation" in x] == [16, 24]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to a child process")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(small_set, tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
+def test_ctrl_c_saves_and_says_how_to_go_on(small_set, cache, tmp_path, number):
     out = tmp_path / "stopped"
-    process = subprocess.Popen(command("v2.1", small_set, out, "--steps", "5000"), cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(*command("v2.1", small_set, cache, out, "--steps", "5000"), text=True, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE)
     while process.poll() is None and last_step(out) < 2:
         time.sleep(0.05)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "--resume" in printed and "Traceback" not in errors
-    assert any(out.glob("state-*.pt"))
+    assert any(out.glob("checkpoint-????????"))
+
+
+@pytest.mark.parametrize("changed", ["picture", "caption", "unet", "vae", "text_encoder", "scheduler"])
+def test_changed_data_or_another_teacher_is_noticed_on_resume(small_set, cache, tmp_path_factory, changed):
+    """A run whose pictures, captions or teacher are others than before would mix two trainings; as they were, it goes on."""
+    folder = tmp_path_factory.getbasetemp() / "changing"
+    if not folder.is_dir():
+        shutil.copytree(small_set, folder / "set")
+        shutil.copytree(TEACHER, folder / "teacher")
+    arguments = command("v2.1", folder / "set", cache, folder / "run", "--teacher", folder / "teacher", "--steps", "2",
+                        "--eval-every", "0", "--final-samples", "2", "--sample-steps", "1")
+    if not (folder / "run").is_dir():
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+    file = {"picture": folder / "set" / "train" / "000000000001.png",
+            "caption": folder / "set" / "annotations" / "captions_train.json",
+            "scheduler": folder / "teacher" / "scheduler" / "scheduler_config.json",
+            "text_encoder": folder / "teacher" / "text_encoder" / "model.safetensors",
+            }.get(changed, folder / "teacher" / changed / "diffusion_pytorch_model.safetensors")
+    kept, times = file.read_bytes(), file.stat()
+    try:
+        if changed == "picture":
+            shutil.copy(folder / "set" / "train" / "000000000002.png", file)
+        elif changed == "caption":
+            file.write_bytes(kept.replace(b"a large ", b"a huge ", 1))
+        elif changed == "scheduler":
+            file.write_text(json.dumps(json.loads(kept) | {"beta_end": 0.013}), "utf-8")
+        else:
+            weights = load_file(file)
+            first = next(iter(weights))
+            save_file(weights | {first: weights[first] + 0.01}, file, metadata={"format": "pt"})
+        assert file.read_bytes() != kept
+        line = refusal(*arguments, "--resume")
+        assert "changed" in line and "--out" in line
+    finally:
+        file.write_bytes(kept)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = run(*arguments, "--resume")
+    assert done.returncode == 0 and "going on at step 2" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name, arguments, message", [
@@ -124,35 +195,42 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small_set, tmp_path, number):
     ("v1", ["--feature-blocks", "down_blocks.7"], "down_blocks.7"), ("v1", ["--chains", "25,50,1000"], "--chains"),
     ("v1", ["--target", "y"], "--target"),
     ("v1", ["--chains", "1000,125,50", "--stage-percent", "40,30,30"], "halve"), ("v1", ["--chains", "600,50,25"], "divide"),
-    ("v2.1", ["--device", "foo"], "--device must be"),
+    ("v1", ["--chains", "1000,0"], "--chains must lie in 1..1000"), ("v1", ["--stage-percent", "50,50"], "--stage-percent"),
+    ("v2.1", ["--device", "foo"], "--device must be"), ("v2.1", ["--device", "cuda:a"], "--device must be"),
     ("v2.1", ["--device", "cuda:99"], "no such device"), ("v2.1", ["--channels", "0,0"], "--channels"),
-    ("v2.1", ["--channels", ","], "comma"), ("v2.1", ["--groups", "5"], "groups"), ("v2.1", ["--groups", "-2"], "--groups"),
-    ("v2.1", ["--layers", "3"], "layers"), ("v2.1", ["--resolution", "0"], "multiple"), ("v2.1", ["--seed", "-1"], "--seed"),
+    ("v2.1", ["--channels", ","], "comma"), ("v2.1", ["--channels", "64,48,x"], "'64,48,x' is no list of whole numbers"),
+    ("v2.1", ["--groups", "5"], "groups"), ("v2.1", ["--groups", "-2"], "--groups"),
+    ("v2.1", ["--layers", "3"], "layers"), ("v2.1", ["--resolution", "0"], "--resolution must be at least 1"),
+    ("v2.1", ["--seed", "-1"], "--seed"),
     ("v2.2", ["--guidance", "nan"], "finite"), ("v2.2", ["--cache-gb", "inf"], "finite"), ("v2.1", ["--steps", "1e3"], "int"),
+    ("v2.2", ["--no-cache"], "--store needs the cache"), ("v2.1", ["--nonsense", "1"], "--nonsense"),
     ("v2.1", ["--out", str(ROOT / "LICENSE")], "--out"), ("v2.1", ["--cache-folder", str(ROOT / "LICENSE")], "--cache-folder"),
     ("v2.1", ["--teacher", str(ROOT / "LICENSE")], "pipeline folder"), ("v2.1", ["--train-split", "no"], "captions_no.json"),
 ])
-def test_a_users_mistake_is_one_clear_line(small_set, tmp_path, capsys, name, arguments, message):
-    version = script(str(SCRIPTS[name].relative_to(ROOT)))
-    with pytest.raises(SystemExit) as stop:
-        version.main(parse(version.Settings, "", version.MINI, command(name, small_set, tmp_path / "x", *arguments)[2:]))
-    assert message in (stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err)
+def test_a_users_mistake_is_one_clear_line(small_set, cache, tmp_path, name, arguments, message):
+    done = run(*command("v2.2 store" if "--no-cache" in arguments else name, small_set, cache, tmp_path / "x", *arguments))
+    assert done.returncode == 1 and done.stdout == ""
+    said = done.stderr[done.stderr.index("error: ") :]
+    assert message in said
+    assert len(said.splitlines()) == (3 if "no COCO captions" in said else 1)  # that one spells out both ways on
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("steps", [2, 3, 50])
-def test_the_learning_rate_rises_and_falls_in_runs_of_any_length(steps):
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    scheduler, rates = one_cycle(optimizer, SimpleNamespace(lr=0.1, warmup=0.05, steps=steps)), []
-    for _ in range(steps):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates[0] == pytest.approx(0.004) and rates[-1] < 1e-5 and (steps == 2 or max(rates) > 0.09)
+@pytest.mark.parametrize("arguments, message", [
+    ("--mini --chains 1000,0", "--chains must lie in 1..1000 and not rise"),
+    ("--mini --device cuda:a", "--device must be auto, cuda, cuda:N, mps or cpu"),
+    ("--mini --channels 64,48,x", "argument --channels: '64,48,x' is no list of whole numbers with commas between them"),
+])
+def test_a_mistake_with_mini_is_one_line_before_anything_is_made(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = run("v1/1.py", *arguments.split())
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_help_shows_every_setting_with_its_default():
-    done = run(sys.executable, str(SCRIPTS["v2.2"]), "--help")
+    done = run(SCRIPTS["v2.2"], "--help")
     text = " ".join(done.stdout.split())
     assert "weight of the KD term at the first step (default 1.0)" in text
     assert "320,352; with --mini" in text
@@ -163,17 +241,21 @@ def test_linear_against_closed_form():
     assert linear(1.0, 0.5, 0, 11) == 1.0 and linear(1.0, 0.5, 10, 11) == 0.5 and linear(1.0, 0.5, 5, 11) == 0.75
 
 
-def test_a_step_without_finite_gradients_is_skipped_and_counted():
-    torch.manual_seed(0)
-    student = torch.nn.Linear(3, 1)
-    world = SimpleNamespace(student=student, device=torch.device("cpu"), dtype=torch.float32)
-    learner = Learner(world, SimpleNamespace(lr=0.1, weight_decay=0.0, max_grad_norm=1.0, steps=10, warmup=0.3,
-                                             ema_decay=0.9, batch_size=1))
-    learner.step(student(torch.ones(1, 3)).sum(), 0)
-    before = student.weight.detach().clone()
-    for step, scale in enumerate((float("nan"), float("inf"))):
-        learner.step(student(torch.ones(1, 3)).sum() * scale, step + 1)
-    assert torch.equal(student.weight, before) and learner.bad_steps() == (2, 2)
-    learner.step(student(torch.ones(1, 3)).sum(), 3)
-    assert not torch.equal(student.weight, before) and learner.bad_steps() == (2, 0)
-    assert torch.isfinite(torch.stack(learner.ema.shadow[:1])).all()
+def test_a_student_and_its_teacher_are_measured_beside_their_bounds(small_set, cache, tmp_path):
+    """`common.evaluate --mini`, on the teacher's own U-Net as the student: the rows agree but for the time."""
+    done = run("common/evaluate.py", "--mini", "--data", small_set, "--model", TEACHER, "--samples", "6", "--sample-steps", "2",
+               "--device", "cpu", "--cache-folder", cache, "--sheet", tmp_path / "sheet.png")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "sheet.png").is_file() and "dB PSNR over 6 validation images" in done.stdout
+    assert "6 samples, 2 DDPM steps, guidance 3" in done.stdout
+    names, *rows = done.stdout.split("\n\n")[1].splitlines()
+    assert "FD(effnet-lite0)" in names and "PD(effnet-lite0)" in names and "caption accuracy, both in place" in names
+    numbers = {}
+    for row in rows:
+        name, *cells = re.split(r"\s{2,}", row.rstrip())
+        numbers[name] = [float(cell.replace(",", "")) for cell in cells if cell != "-"]
+    assert list(numbers) == ["teacher", "student", "floor: training images", "ceiling: noise"]
+    ours, theirs = numbers["student"], numbers["teacher"]
+    assert theirs[:2] == ours[:2] == [13_038_884, 6] and len(ours) == len(theirs)
+    for our, their in zip(ours[2:-1], theirs[2:-1]):  # a pixel may round the other way; the last one is the time
+        assert our == pytest.approx(their, rel=0.01, abs=0.005, nan_ok=True)

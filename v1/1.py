@@ -192,7 +192,7 @@ def main(s: Settings):
     config["sample_size"] = teacher.latent_side(s.resolution)
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
-    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint("unet")))
+    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint()))
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
@@ -204,7 +204,7 @@ def main(s: Settings):
     pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, batch_size=s.batch_size, seed=s.seed,
                           caption_gb=s.cache_gb, device=accelerator.device, workers=s.workers, flip=s.flip,
                           max_broken=s.max_broken, rank=accelerator.process_index, processes=accelerator.num_processes)
-    accelerator.print(summary(student, teacher, pairs, val_set))
+    accelerator.print(summary(student, teacher, pairs, evaluator))
 
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     chains = [chain_timesteps(noise_scheduler, length) for length in s.chains]

@@ -121,7 +121,7 @@ def main(s: Settings):
     config["sample_size"] = teacher.latent_side(s.resolution)
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
-    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint("unet")))
+    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint()))
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
@@ -133,7 +133,7 @@ def main(s: Settings):
     pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, batch_size=s.batch_size, seed=s.seed,
                           caption_gb=s.cache_gb, device=accelerator.device, workers=s.workers, flip=s.flip,
                           max_broken=s.max_broken, rank=accelerator.process_index, processes=accelerator.num_processes)
-    accelerator.print(summary(student, teacher, pairs, val_set))
+    accelerator.print(summary(student, teacher, pairs, evaluator))
 
     batches = pairs
     if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves

@@ -7,6 +7,7 @@ import glob
 import io
 import itertools
 import json
+import os
 import random
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from common.cache import Batch, draw_noise
 from common.coco import captions_of, load_image
+from common.files import fingerprint
 from common.sampling import encode_captions, encode_images
 from common.settings import require
 
@@ -154,6 +156,14 @@ class ShardPairs:
         self.batch_size, self.seed, self.rank, self.processes, self.workers = batch_size, seed, rank, processes, workers
         self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()
         self.stream = None
+
+    def describe(self) -> str:
+        return f"{len(self.shards):,} shards of training pictures"
+
+    def fingerprint(self) -> str:
+        """Of the shards' names, sizes and times: a resumed run must find the same."""
+        stamps = [(Path(shard).name, os.stat(shard).st_size, os.stat(shard).st_mtime_ns) for shard in self.shards]
+        return fingerprint(stamps)
 
     @torch.no_grad()
     def draw(self, step: int, dropout: float, *, chain: torch.Tensor | None = None, part: int = 0, parts: int = 1) -> Batch:

@@ -19,16 +19,16 @@ import torch
 
 from common import sampling
 from common.files import from_root, full_disk_is_one_line, make_folder, read_text
+from common.report import save_sheet
+from common.settings import parse, require, start
+from common.teacher import load_teacher
+from common.trainer import pick_dtype, start_accelerator
 
 # isort: split
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
-
-from common.report import save_sheet
-from common.settings import first_line, parse, require, start
-from common.trainer import pick_dtype, start_accelerator
 
 SAMPLERS = {**sampling.SAMPLERS, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 
@@ -54,21 +54,17 @@ class Settings:
 
 
 def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Raises SystemExit with one line where `name` cannot be loaded."""
-    folder = Path(from_root(name))
-    if (folder / "student" / "model_index.json").is_file():
-        folder = folder / "student"
-    local = folder.exists() or name.startswith((".", "/", "checkpoints"))
-    require(not local or (folder / "model_index.json").is_file(), f"{name} is no pipeline folder; train a student first, or "
-            "give --model another")
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder if local else name, safety_checker=None, requires_safety_checker=False, dtype=dtype)
-    except Exception as error:  # what a damaged file raises depends on the library that reads it
-        raise SystemExit(f"error: {name} could not be loaded ({first_line(error)})") from None
-    pipeline.scheduler = SAMPLERS[sampler].from_config(pipeline.scheduler.config)
+    """Raises SystemExit with one line where `name` cannot be loaded, or not all of it."""
+    name = from_root(name)
+    if (Path(name) / "student" / "model_index.json").is_file():  # a run's folder
+        name = str(Path(name) / "student")
+    model = load_teacher(name, device, dtype, "the model")
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
+        scheduler=SAMPLERS[sampler].from_config(model.noise_scheduler.config), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 def draw(pipeline: StableDiffusionPipeline, prompts: list[str], size_px: int, title: str,

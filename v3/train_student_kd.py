@@ -140,10 +140,16 @@ def main(s: Settings):
 
     # data and teacher
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
-    train_set = None if s.shards else CocoCaptions(data, s.train_split, s.resolution)
+    train_set = None if s.shards else CocoCaptions(data, s.train_split, s.resolution)  # shards: below
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
     noise_scheduler = teacher.noise_scheduler
+    place = dict(batch_size=s.batch_size, seed=s.seed, device=accelerator.device, workers=s.workers, flip=s.flip,
+                 rank=accelerator.process_index, processes=accelerator.num_processes)
+    if s.shards:
+        from coco_dataset import ShardPairs
+
+        batches = ShardPairs(s.shards, teacher, size_px=s.resolution, **place)
     if s.push_to_hub and accelerator.is_main_process:  # a missing login or a refused card shows now, not after the training
         with a_hub_error_is_one_line(s.push_to_hub):
             HfApi().create_repo(s.push_to_hub, exist_ok=True)
@@ -155,7 +161,8 @@ def main(s: Settings):
     config["sample_size"] = teacher.latent_side(s.resolution)
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
-    run.create(fingerprint(train_set and train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint("unet")))
+    source = batches if s.shards else train_set
+    run.create(fingerprint(source.fingerprint(), val_set.fingerprint(), teacher.fingerprint()))
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
@@ -164,16 +171,10 @@ def main(s: Settings):
     more_scores = caption_scores(teacher.name, val_set, accelerator.device) if s.mini else None
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
-    place = dict(batch_size=s.batch_size, seed=s.seed, device=accelerator.device, workers=s.workers, flip=s.flip,
-                 rank=accelerator.process_index, processes=accelerator.num_processes)
-    if s.shards:
-        from coco_dataset import ShardPairs
-
-        batches = ShardPairs(s.shards, teacher, size_px=s.resolution, **place)
-    else:
+    if not s.shards:
         batches = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb,
                                 max_broken=s.max_broken, **place)
-    accelerator.print(summary(student, teacher, batches, val_set))
+    accelerator.print(summary(student, teacher, batches, evaluator))
     empty = batches.empty
     if s.store:
         rates = [s.caption_dropout] * s.store
