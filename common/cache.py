@@ -52,7 +52,7 @@ def cached_array(folder: Path, name: str, shape: tuple, produce, unit: str, dtyp
     """
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"), full_disk_is_one_line(folder, "what is cached is kept (or use --no-cache)"):
+    with FileLock(folder / "lock"), full_disk_is_one_line(folder, "what is cached is kept"):
         state = {"rows": 0, "bad": [], "seconds": 0.0}
         if record.is_file() and fits(path, shape, dtype):
             state = json.loads(record.read_text("utf-8"))
@@ -63,6 +63,8 @@ def cached_array(folder: Path, name: str, shape: tuple, produce, unit: str, dtyp
 
 def fill(path: Path, record: Path, state: dict, shape: tuple, produce, unit: str, dtype):
     """Compute the rows from `state["rows"]` on, and update `state`, on disk too."""
+    if not state["rows"]:  # of an earlier array: a kill now must not leave it beside rows that were never computed
+        record.unlink(missing_ok=True)
     array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=dtype, shape=shape)
     if not state["rows"]:
         reserve(path)
@@ -303,7 +305,8 @@ class TeacherStore:
 
     Written once to the cache, next to the latents, and read by every later run, whatever its student: then no teacher
     runs in training at all. A prediction takes as many bytes as a latent (512 at 64 px). Draw k of picture i depends
-    on (k, i) alone; its caption is dropped at rate `dropouts[k]`. Of `steps` training steps draw k serves the k-th part.
+    on (k, i) alone; its caption is dropped at rate `dropouts[k]`. The `steps` of a training are cut into as many equal parts
+    as there are draws; part k uses draw k.
     """
 
     def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float], steps: int):
@@ -361,4 +364,5 @@ if __name__ == "__main__":
     for path in broken:
         print(f"{path} is damaged: removed, the next run makes it again")
         path.unlink()
+        path.with_suffix(".json").unlink()
     print(f"{len(broken)} damaged files")

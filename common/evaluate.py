@@ -98,7 +98,8 @@ def main(s: Settings):
         folder = Path(from_root(s.model))
         folder = folder / "student" if (folder / "student" / "unet").is_dir() else folder
         unet = load_unet(str(folder) if folder.exists() else s.model, what="the model").to(accelerator.device)
-        require(unet.config.in_channels == teacher.unet.config.in_channels, f"{s.model} draws in another latent space")
+        ours, theirs = unet.config.in_channels, teacher.unet.config.in_channels
+        require(ours == theirs, f"{s.model} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
         evaluation = evaluator.evaluate(unet, count)
         shown, rows["student"] = evaluation.images, evaluation.scores
     if s.sheet and accelerator.is_main_process:

@@ -1,12 +1,10 @@
 """Layer-wise feature matching between two U-Nets: forward hooks, and 1 x 1 projections where their widths differ."""
 
-import re
-
 import torch
 import torch.nn.functional as F
 
 from common.settings import require
-from common.slicing import even_channels
+from common.slicing import even_channels, name_in_teacher
 
 
 class ConvProjection(torch.nn.Conv2d):
@@ -29,7 +27,7 @@ class ConvProjection(torch.nn.Conv2d):
 class FeatureHooks:
     """Forward hooks that keep the outputs of some `blocks` of a U-Net from its last pass, until `take` hands them out.
 
-    `names` are what the blocks are called in the features (their own names). Raises SystemExit where one is not there.
+    `names`: the keys in what `take` returns; by default the blocks' own names. Raises SystemExit where one is not there.
     """
 
     def __init__(self, unet, blocks: tuple[str, ...], names: tuple[str, ...] | None = None):
@@ -58,10 +56,8 @@ def block_names(unet) -> list[str]:
 
 
 def hook_both(student, teacher, blocks: tuple[str, ...]) -> tuple[FeatureHooks, FeatureHooks]:
-    """Hooks on the student's `blocks` and on those of the teacher that they stand for: up blocks count from the innermost
-    level, of which the student may have fewer."""
-    deeper = len(teacher.down_blocks) - len(student.down_blocks)
-    in_teacher = [re.sub(r"^up_blocks\.(\d+)", lambda match: f"up_blocks.{int(match[1]) + deeper}", name) for name in blocks]
+    """Hooks on the student's `blocks` and on those of the teacher that they were sliced from."""
+    in_teacher = [name_in_teacher(f"{name}.", teacher.config, student.config).rstrip(".") for name in blocks]
     return FeatureHooks(student, blocks), FeatureHooks(teacher, in_teacher, blocks)
 
 
@@ -75,8 +71,10 @@ class FeatureMatching(torch.nn.Module):
         """
         super().__init__()
         self.loss, self.projections = loss, torch.nn.ModuleDict()
+        require(student_features, "--feature-blocks names no block; --feature-weight 0 matches none")
         for name, ours in student_features.items():
             theirs = teacher_features[name]
+            require(ours.ndim == theirs.ndim == 4, f"--feature-blocks: {name} gives no (channels, height, width); leave it out")
             sizes = tuple(ours.shape[2:]), tuple(theirs.shape[2:])
             require(sizes[0] == sizes[1], f"--feature-blocks: {name} gives {sizes[0]} in the student and {sizes[1]} in the "
                     "teacher; leave it out")
@@ -104,7 +102,8 @@ class StudentWithFeatures(torch.nn.Module):
     """
 
     def __init__(self, student, teacher, blocks: tuple[str, ...], loss, encoder_hidden_states: torch.Tensor):
-        """`encoder_hidden_states` (1, tokens, width) of any caption: a pass over zeros sizes the projections."""
+        """One pass of both networks over zeros shows how many channels each block has; the `encoder_hidden_states`
+        (1, tokens, width) of any caption will do."""
         super().__init__()
         self.student = student
         self.student_hooks, self.teacher_hooks = hook_both(student, teacher, blocks)

@@ -73,7 +73,8 @@ def make_folder(folder: Path, option: str) -> Path:
 
 @contextlib.contextmanager
 def full_disk_is_one_line(folder: Path, kept: str, remove: Path | None = None):
-    """Turns "no space left" into SystemExit with a line that says what is `kept`; half a folder is `remove`d first."""
+    """Turns "no space left" into SystemExit with a line that says what is `kept`; the incomplete folder `remove` is deleted
+    first."""
     try:
         yield
     except Exception as error:

@@ -78,8 +78,8 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def white_of(image: Image.Image, low: float, high: float) -> int | None:
-    """Which value is white. Modes I and F do not say: there it is 1 (F alone), 255 or 65535 by what the values fill, with
-    a tenth to spare for what resampling overshoots; None where none of them fits."""
+    """The value that is white. Modes I and F do not say, so it is guessed from the largest value: 1 (F only), 255 or 65535,
+    each with 10 % to spare for what resampling overshoots; None where none of them fits."""
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample)  # a TIFF's
         return 4095 if bits == (12,) else 65535

@@ -67,22 +67,13 @@ FEATURES = {"inception": (InceptionV3, "FID", "KID", "LPIPS"),
             "effnet-lite0": (EffNetLite0, "FD(effnet-lite0)", "KID(effnet-lite0)", "PD(effnet-lite0)")}
 
 
-class GivenFeatures(nn.Module):
-    """Lets torchmetrics take features instead of images, so that one pass of the network serves every metric."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features):
-        return features
-
-
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """|mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^1/2) of two feature sets (N, D), by torchmetrics in float64."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=GivenFeatures(a.shape[1])).set_dtype(torch.float64)
+    given = nn.Identity()  # torchmetrics' network: it gets features, as one pass of ours serves every metric
+    given.num_features = a.shape[1]
+    metric = FrechetInceptionDistance(feature=given).set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
     return metric.compute().item()
@@ -192,12 +183,14 @@ class Evaluator:
         images = self.teacher_images(count)
         count, seconds = len(images), self._teacher_images[len(images)][1]
         if count not in self._teacher_scores:
-            key = fingerprint(images.numpy().tobytes(), self.teacher.fingerprint("vae"), self.network_key,
-                              self.dataset.fingerprint())
+            more = self.more_scores.fingerprint if self.more_scores else ""
+            key = cache_key("reconstruction features", self.teacher, images.numpy().tobytes(), self.network_key,
+                            self.dataset.fingerprint(), more)
             path = self.folder / f"teacher-scores-{count}-{key}.json"
             if not self._everywhere(path):
                 scores = self.score(images, images)
-                write_atomically(path, json.dumps(scores).encode())
+                with full_disk_is_one_line(path.parent, "what is cached is kept"):
+                    write_atomically(path, json.dumps(scores).encode())
             scores = json.loads(path.read_text("utf-8"))
             self._teacher_scores[count] = {"parameters": self.teacher.parameters, **scores, "seconds an image": seconds}
         return self._teacher_scores[count]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from common.files import fingerprint
+
 EFFNET_INPUT_PX = 128  # images are 32 px; a third of the time of ImageNet's 224
 CAPTION_ACCURACY = ("caption accuracy", "caption accuracy, both of two", "caption accuracy, both in place")
 
@@ -135,17 +137,20 @@ def caption_accuracy(reader: CategoryReader, images: torch.Tensor, objects: list
     return tuple(sum(right) / len(right) if right else float("nan") for right in (one, both, in_place))
 
 
-def caption_scores(teacher_name: str, dataset, device):
-    """A function that gives the caption accuracies of images of `dataset`'s pictures `indices`; None where the embedded
-    teacher has no reader beside it."""
-    reader = load_reader(Path(teacher_name))
-    if reader is None:
-        return None
-    reader = reader.to(device)
-    instances = dataset.root / "annotations" / f"instances_{dataset.split}.json"
-    objects, _ = drawn_objects(instances, dataset.image_ids)
+class CaptionScores:
+    """The caption accuracies of images that were drawn for the captions of `dataset`'s pictures `indices`."""
 
-    def scores(images: torch.Tensor, indices) -> dict[str, float]:
-        accuracies = caption_accuracy(reader, images, [objects[i] for i in indices])
+    def __init__(self, reader: CategoryReader, dataset, device):
+        self.reader, self.fingerprint = reader.to(device), fingerprint(reader)
+        instances = dataset.root / "annotations" / f"instances_{dataset.split}.json"
+        self.objects, _ = drawn_objects(instances, dataset.image_ids)
+
+    def __call__(self, images: torch.Tensor, indices) -> dict[str, float]:
+        accuracies = caption_accuracy(self.reader, images, [self.objects[i] for i in indices])
         return dict(zip(CAPTION_ACCURACY, accuracies))
-    return scores
+
+
+def caption_scores(teacher_name: str, dataset, device) -> CaptionScores | None:
+    """None where the embedded teacher has no reader beside it."""
+    reader = load_reader(Path(teacher_name))
+    return CaptionScores(reader, dataset, device) if reader else None

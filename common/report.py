@@ -1,6 +1,5 @@
 """What people look at: sheets of images, curves, tables, and the saved student with its model card."""
 
-import os
 import re
 import shutil
 import textwrap
@@ -22,6 +21,7 @@ def save_sheet(path: Path, rows: dict[str, torch.Tensor], captions: list[str], c
 
     Of a single row all images are shown, in lines of `columns`, each with its own caption.
     """
+    columns = columns if len(rows) == 1 else min(columns, *(len(images) for images in rows.values()))
     pictures = torch.cat([images if len(rows) == 1 else images[:columns] for images in rows.values()])
     captions = captions[: len(pictures) if len(rows) == 1 else columns]
     lines = -(-len(pictures) // columns)
@@ -96,7 +96,7 @@ def save_student(unet, teacher, folder: Path, card: ModelCard):
     """
     from diffusers import StableDiffusionPipeline
 
-    source, partial = teacher.folder(), folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    source, partial = teacher.folder(), folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with full_disk_is_one_line(folder.parent, "with --resume; the trained weights are kept", remove=partial):
         StableDiffusionPipeline(
@@ -125,7 +125,7 @@ def finish(folder: Path, title: str, student, teacher, evaluation, teacher_score
 
 
 def copy_weights(source: Path, target: Path):
-    """A part of a pipeline without what nothing loads: pickles, other frameworks' weights, a second precision."""
+    """Copy one part of a pipeline, without files that nothing loads: pickles, other frameworks' weights, a second precision."""
     others = shutil.ignore_patterns("*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "*.onnx*", "*.ckpt")
     shutil.copytree(source, target, ignore=others)
     for half in list(target.glob("*.fp16.*")):

@@ -36,7 +36,7 @@ class Run:
         self.folder, self.accelerator, self.main = Path(out), accelerator, accelerator.is_main_process
         self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
         path = self.folder / "settings.json"
-        # without a checkpoint there is no run yet: what stopped it may be mended by other settings
+        # a folder without a checkpoint counts as empty, so a run that failed early can be started again with other settings
         self.begun = path.is_file() and any(self.folder.glob("checkpoint-*[0-9]"))
         self.reason = ""  # why it is to stop
         old = any(self.folder.glob("state-*.pt"))
@@ -48,18 +48,19 @@ class Run:
         changed = [name for name, value in now.items() if before.get(name) != value]
         require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones")
 
-    def create(self, fingerprint: str):
-        """Make the folder and write the settings; `fingerprint` is that of data and teacher, which a resumed run must find
-        unchanged. Raises SystemExit where it does not."""
+    def create(self, data: str, teacher: str, dtype: torch.dtype):
+        """Make the folder and write the settings. `data` and `teacher` are fingerprints, that of the teacher in the precision
+        `dtype`: a resumed run must find both unchanged. Raises SystemExit where it does not."""
         if not self.main:
             return
         make_folder(self.folder / "samples", "--out")
-        path = self.folder / "fingerprint.txt"
-        if self.begun and path.is_file():
-            require(read_text(path) == fingerprint, f"the data or the teacher changed since {self.folder} was started; put "
-                    "them back as they were, or begin anew in another --out")
+        inputs, path = {"data": data, "teacher": teacher, "dtype": str(dtype)}, self.folder / "inputs.json"
+        before = json.loads(read_text(path)) if self.begun and path.is_file() else inputs
+        back = f"changed since {self.folder} was started; put it back as it was, or begin anew in another --out"
+        require(before["data"] == data, f"the data {back}")
+        require(before["teacher"] == teacher or before["dtype"] != str(dtype), f"the teacher {back}")
         with full_disk_is_one_line(self.folder, "nothing is lost"):
-            write_atomically(path, fingerprint.encode())
+            write_atomically(path, json.dumps(inputs).encode())
             write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2).encode())
         if not self.begun:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -91,15 +92,15 @@ class Run:
         self.bar.update()
         loss = values["loss"].detach()
         self.loss_max = loss if self.loss_max is None else torch.maximum(self.loss_max, loss)
+        now = time.perf_counter()
+        self.spent += now - self.last_tick
+        self.last_tick = now
         if not due(done, self.log_every) and done != self.steps:
             return
         tensors = {name: value.detach().float() for name, value in values.items() if isinstance(value, torch.Tensor)}
         means = self.accelerator.reduce(torch.stack(list(tensors.values())), "mean")
         values |= dict(zip(tensors, means.tolist()))
         skipped, in_a_row = trainer.bad_steps()
-        now = time.perf_counter()
-        self.spent += now - self.last_tick
-        self.last_tick = now
         speed = (done - self.first_step) * self.batch_size / self.spent
         self.log(step=done, **values, loss_max=self.loss_max.item(), skipped_steps=skipped,
                  seconds=self.seconds_before + self.spent, images_per_s=speed)
@@ -108,8 +109,6 @@ class Run:
         if in_a_row >= self.max_bad_steps:
             self.reason = (f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are saved. "
                            "Try again in another folder with a lower --lr, or in bf16 or fp32")
-        if done == self.steps:
-            self._end()
 
     def log(self, **values):
         """Add a line to metrics.jsonl, and to the trackers that Accelerate was given."""
@@ -139,6 +138,8 @@ class Run:
         """Write a checkpoint."""
         trainer.save(self.folder)
         self.last_tick = time.perf_counter()
+        if trainer.done_steps == self.steps and not self.reason:
+            self._end()
 
     def stop_requested(self, done: int) -> bool:
         """Whether to save and leave after step number `done`. Several processes compare notes at every tenth step."""
@@ -146,7 +147,8 @@ class Run:
             if done % 10 and done != self.steps:
                 return False
             asked = torch.tensor([bool(self.reason)], device=self.accelerator.device)
-            if not self.reason and self.accelerator.gather(asked).any():
+            anyone = self.accelerator.gather(asked).any()
+            if anyone and not self.reason:
                 self.reason = str(int(signal.SIGTERM))
         return bool(self.reason)
 

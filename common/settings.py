@@ -135,6 +135,6 @@ def start(main, settings):
     try:
         main(settings)
     except KeyboardInterrupt:
-        print("\nstopped; what was saved is kept: run the same command again, a run that has begun with --resume",
+        print("\nstopped; what was saved is kept. Run the same command again; add --resume if training had begun",
               file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,5 +1,6 @@
 """The teacher: loading and checking any Stable Diffusion 1.x folder or hub id."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,14 +56,18 @@ class Teacher:
             if part not in self.fingerprints:
                 value = getattr(self, part)
                 if part == "tokenizer":
-                    self.fingerprints[part] = fingerprint(value.backend_tokenizer.to_str(), value.model_max_length)
+                    content = json.loads(value.backend_tokenizer.to_str())
+                    content |= {"padding": None, "truncation": None}  # the last call's, no part of the tokenizer
+                    self.fingerprints[part] = fingerprint(sorted(content.items()), value.model_max_length)
+                elif part == "noise_scheduler":
+                    self.fingerprints[part] = fingerprint(own_config(value.config))
                 else:
                     self.fingerprints[part] = fingerprint(value, own_config(value.config))
         return fingerprint(*(self.fingerprints[part] for part in parts or PARTS))
 
 
 def own_config(config) -> list:
-    """What a part's config says beyond its class's defaults, to which a library's next version may add."""
+    """The values that differ from the library's defaults, so that a new version with one more default keeps the hash."""
     if hasattr(config, "to_diff_dict"):  # transformers'
         values, passing = config.to_diff_dict(), {"transformers_version", "architectures", "dtype", "torch_dtype"}
     else:  # diffusers'
@@ -71,7 +76,7 @@ def own_config(config) -> list:
 
 
 def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
-    """The weights of `<name>/<part>`, all of them from its file; where there is none in full precision, of the fp16 one.
+    """The model in `<name>/<part>`. Every weight must be in its file; where only an fp16 file exists, it is used.
 
     Raises SystemExit with one line.
     """

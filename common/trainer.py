@@ -28,7 +28,9 @@ def start_accelerator(device: str, accumulate: int = 1, **options) -> Accelerato
     there = (device in ("auto", "cpu") or device == "mps" and torch.backends.mps.is_available()
              or device.startswith("cuda") and int(device[5:] or 0) < torch.cuda.device_count())
     require(there, f"--device {device}: this torch finds no such device; choose --device cpu, or install torch for it")
-    if device not in ("auto", "cpu"):
+    if device == "mps" or ":" in device:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        require(alone, f"--device {device} is one device; several processes need --device cuda")
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     try:
@@ -38,6 +40,8 @@ def start_accelerator(device: str, accumulate: int = 1, **options) -> Accelerato
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))], **options)  # the others wait for the caches
     except (ImportError, ValueError) as error:
         raise SystemExit(f"error: Accelerate cannot start: {error}") from None
+    same = accelerator.gradient_accumulation_steps == accumulate
+    require(same, "the launcher's gradient accumulation is not --accumulate; leave it out there")
     kind, plugin = accelerator.distributed_type, accelerator.state.deepspeed_plugin
     if plugin:
         where = "(v3/configs/deepspeed.yaml)"
@@ -58,6 +62,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     `auto`: bf16 on CUDA devices that have it, else fp16 there; fp32 on MPS and CPUs.
     """
     if name != "auto":
+        require(name in DTYPES, f"the precision {name} is not supported; take fp16, bf16 or none")
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
@@ -93,7 +98,7 @@ class Trainer:
     are the exponential moving average of the trained ones.
 
     `model` is the module that is trained, if that is more than the student; its forward pass is `trainer.model(...)`.
-    `also_saved` are frozen modules that training changes all the same.
+    `also_saved`: modules that the optimizer does not train but whose weights change; every checkpoint holds them.
     """
 
     def __init__(self, accelerator: Accelerator, student, model=None, *, dtype: torch.dtype, steps: int, batch_size: int,

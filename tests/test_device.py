@@ -59,10 +59,10 @@ def test_drawing(tmp_path, kind):
 
 
 WAITS_OF_STEPS = """
-import runpy, sys
+import os, runpy, sys
 from pretend_device import pretend
 kind, *sys.argv = sys.argv[1:]
-sys.path[0] = "."
+sys.path[:1] = [os.path.dirname(sys.argv[0]), "."]
 with pretend(kind) as gpu:
     from common.run import Run
     log_step, waits = Run.log_step, []

@@ -32,6 +32,12 @@ def test_a_hub_id_loads_and_goes_on_after_a_cut_connection(hub, tmp_path):
     assert done.returncode == 0 and "loaded 13038884" in done.stdout, done.stderr[-1500:]
     ranges = [r for method, path, r in requests if method == "GET" and path.endswith(weights) and r]
     assert any(int(r.split("=")[1].split("-")[0]) > 0 for r in ranges)  # not from the start again
+
+
+@pytest.mark.slow
+def test_a_hub_id_that_was_loaded_before_is_not_downloaded_again(hub, tmp_path):
+    environment, requests, _ = hub
+    assert load("somebody/mini", environment, tmp_path).returncode == 0
     before = len(requests)
     again = load("somebody/mini", environment, tmp_path)
     assert again.returncode == 0 and not [p for m, p, _ in requests[before:] if m == "GET" and p.endswith(".safetensors")]
@@ -45,6 +51,7 @@ def test_an_unknown_id_is_one_clear_line(hub, tmp_path):
     assert done.stderr.startswith("error: the teacher somebody/else") and "--mini" in done.stderr
 
 
+@pytest.mark.slow
 def test_no_network_is_one_clear_line(tmp_path):
     done = load("somebody/mini", environment_of(NOWHERE), tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -131,7 +131,16 @@ def count_up(calls):
     return produce
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no record", "other shape"])
+def test_what_only_the_checksum_finds_is_damaged(tmp_path):
+    cached_array(tmp_path, "x", (50, 4), count_up([]), "row")
+    path = tmp_path / "x.npy"
+    content = path.read_bytes()
+    assert damaged(tmp_path) == []
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert damaged(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("damage", ["cut", pytest.param("changed", marks=pytest.mark.slow), "gone", "no record", "other shape"])
 def test_a_damaged_cache_is_made_again(tmp_path, damage):
     calls = []
     want = np.array(cached_array(tmp_path, "x", (50, 4), count_up(calls), "row")[0])
@@ -159,6 +168,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, damage):
     assert len(calls) == 10
 
 
+@pytest.mark.slow
 def test_two_runs_that_start_at_once_make_one_cache(tmp_path):
     program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport time, numpy as np\nfrom pathlib import Path\n"
                "from common.cache import cached_array\n"
@@ -182,6 +192,7 @@ def test_a_teacher_in_pickles_is_refused(teacher, tmp_path):
         load_teacher(str(folder), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_workers_may_be_spawned_and_paths_hold_spaces_and_letters(small_set, tmp_path):
     root = tmp_path / "Bilder für später"
     os.rename(small_set, root)
@@ -208,6 +219,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after(small_set, teacher, s
     assert len(TrainingPairs(dataset, teacher, disk, **options)) == 48
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_caching_is_one_line_and_loses_nothing(tmp_path):
     program = ("import numpy as np; from pathlib import Path; from common.cache import cached_array\n"
                "from common.settings import start\n"

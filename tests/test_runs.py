@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -28,9 +29,9 @@ WEIGHTS = "student/unet/diffusion_pytorch_model.safetensors"
 def command(name, small_set, cache, out, *more) -> list[str]:
     """A script and its arguments. Its batches, and so its losses, are those of 48 pictures."""
     return [SCRIPTS[name], "--teacher", str(TEACHER), "--data", str(small_set), "--train-split", "train", "--val-split", "val",
-            "--resolution", "32", "--channels", "16,32,32,48", "--steps", "24", "--batch-size", "8", "--lr", "1e-3",
-            "--features", "effnet-lite0", "--eval-every", "16", "--eval-samples", "4", "--final-samples", "8",
-            "--sample-steps", "3", "--save-every", "5", "--log-every", "1", "--device", "cpu", "--workers", "0",
+            "--resolution", "32", "--channels", "16,32,32,48", "--steps", "12", "--batch-size", "8", "--lr", "1e-3",
+            "--features", "effnet-lite0", "--eval-every", "8", "--eval-samples", "4", "--final-samples", "8",
+            "--sample-steps", "3", "--save-every", "2", "--log-every", "1", "--device", "cpu", "--workers", "0",
             "--cache-folder", str(cache), "--out", str(out), *OWN[name], *more]
 
 
@@ -55,12 +56,12 @@ def unbroken(request, small_set, cache, tmp_path_factory):
 def test_outputs_are_complete_and_stock(unbroken):
     _, out, printed = unbroken
     assert "FD(effnet-lite0)" in printed and "teacher" in printed and "FID" not in printed
-    assert (out / "curves.png").is_file() and (out / "samples" / "step_000024.png").is_file()
+    assert (out / "curves.png").is_file() and (out / "samples" / "step_000012.png").is_file()
     pipeline = StableDiffusionPipeline.from_pretrained(out / "student", safety_checker=None)
     assert pipeline.unet.config.sample_size == 8
-    assert [x["step"] for x in lines(out) if "evaluation" in x] == [16, 24]
-    assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 25))
-    assert [x["step"] for x in comparable(lines(out))] == [16]  # the last evaluation has more samples: no point of the curve
+    assert [x["step"] for x in lines(out) if "evaluation" in x] == [8, 12]
+    assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 13))
+    assert [x["step"] for x in comparable(lines(out))] == [8]  # the last evaluation has more samples: no point of the curve
     card = (out / "student" / "README.md").read_text("utf-8")
     assert card.startswith("---\n") and "model-index" in card and "FD(effnet-lite0)" in card
 
@@ -81,14 +82,14 @@ def test_the_loss_is_made_of_its_parts(unbroken):
     train = [x for x in lines(out) if "loss" in x]
     for i, x in enumerate(train):
         if name == "v2.2":
-            assert abs(x["alpha"] - (1 - 0.5 * i / 23)) < 1e-5
-            assert abs(x["dropout"] - (0.05 + 0.15 * i / 23)) < 1e-5
+            assert abs(x["alpha"] - (1 - 0.5 * i / 11)) < 1e-5
+            assert abs(x["dropout"] - (0.05 + 0.15 * i / 11)) < 1e-5
         if name == "v2.2 store":
-            assert abs(x["dropout"] - (0.075, 0.125, 0.175)[i // 8]) < 1e-5
+            assert abs(x["dropout"] - (0.075, 0.125, 0.175)[i // 4]) < 1e-5
         if name.startswith("v2.2"):
             want = x["alpha"] * x["kd_loss"] + (1 - x["alpha"]) * x["noise_loss"]
         elif name == "v1":
-            assert x["chain"] == (1000 if i < 9 else 50 if i < 16 else 25)
+            assert x["chain"] == (1000 if i < 4 else 50 if i < 8 else 25)
             want = x["noise_loss"] + 0.1 * x["feature_loss"]
         else:
             continue
@@ -119,7 +120,7 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, unb
     out = tmp_path / "killed"
     arguments = command(name, small_set, cache, out)
     process = start(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and last_step(out) < 12:
+    while process.poll() is None and last_step(out) < 6:
         time.sleep(0.02)
     assert process.poll() is None
     process.kill()
@@ -131,12 +132,29 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, unb
     assert done.returncode == 0 and "is broken" in done.stdout and "going on at step" in done.stdout, done.stderr[-2000:]
     want, found = load_file(whole / WEIGHTS), load_file(out / WEIGHTS)
     assert all(torch.equal(want[k], found[k]) for k in want)
-    assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 25))
-    assert [x["step"] for x in lines(out) if "evaluation" in x] == [16, 24]
+    assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 13))
+    assert [x["step"] for x in lines(out) if "evaluation" in x] == [8, 12]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to a process")
+def test_ctrl_c_in_this_process_saves_and_leaves_the_handlers_as_they_were(small_set, cache, tmp_path):
+    out, before = tmp_path / "stopped", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def press():
+        while last_step(out) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    done = run(*command("v2.1", small_set, cache, out, "--steps", "5000", "--eval-every", "0"))
+    assert done.returncode == 128 + signal.SIGINT and "--resume" in done.stdout
+    assert any(out.glob("checkpoint-????????"))
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to a child process")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(small_set, cache, tmp_path, number):
     out = tmp_path / "stopped"
     process = start(*command("v2.1", small_set, cache, out, "--steps", "5000"), text=True, stdout=subprocess.PIPE,
@@ -184,8 +202,9 @@ def test_changed_data_or_another_teacher_is_noticed_on_resume(small_set, cache, 
     finally:
         file.write_bytes(kept)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    done = run(*arguments, "--resume")
-    assert done.returncode == 0 and "going on at step 2" in done.stdout, done.stderr[-2000:]
+    if changed == "picture":  # once is enough
+        done = run(*arguments, "--resume")
+        assert done.returncode == 0 and "going on at step 2" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name, arguments, message", [
@@ -209,7 +228,7 @@ def test_changed_data_or_another_teacher_is_noticed_on_resume(small_set, cache, 
 ])
 def test_a_users_mistake_is_one_clear_line(small_set, cache, tmp_path, name, arguments, message):
     done = run(*command("v2.2 store" if "--no-cache" in arguments else name, small_set, cache, tmp_path / "x", *arguments))
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1
     said = done.stderr[done.stderr.index("error: ") :]
     assert message in said
     assert len(said.splitlines()) == (3 if "no COCO captions" in said else 1)  # that one spells out both ways on

@@ -3,6 +3,7 @@
 import ast
 import re
 
+import pytest
 from conftest import ROOT, run_apart
 
 from common.run import read_log
@@ -118,6 +119,7 @@ def test_torchvisions_operators_are_declared_where_it_cannot_load(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == ["True", "False"], done.stderr
 
 
+@pytest.mark.slow
 def test_another_error_of_torchvision_is_not_hidden(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('the disk is on fire')\n", "utf-8")

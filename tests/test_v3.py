@@ -131,6 +131,25 @@ def one_process(small_set, cache, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def short(small_set, cache, tmp_path_factory):
+    """One of four steps, for the fast tests."""
+    out = tmp_path_factory.mktemp("v3") / "short"
+    done = run(*command(small_set, cache, out, "--steps", "4"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def test_a_run_leaves_a_stock_student_a_log_and_its_sum_of_losses(short):
+    assert [x["step"] for x in lines(short) if "loss" in x] == [1, 2, 3, 4]
+    for x in lines(short)[:4]:
+        assert abs(x["loss"] - (x["task_loss"] + x["kd_loss"] + 0.1 * x["feature_loss"])) < 1e-5 * x["loss"]
+        assert x["feature_loss"] > 0
+    assert lines(short)[4]["evaluation"]["samples"] == 8 and (short / "tensorboard").is_dir()
+    unet = UNet2DConditionModel.from_pretrained(short / "student" / "unet")
+    assert tuple(unet.config.block_out_channels) == (32, 48, 64) and unet.config.sample_size == 8
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(small_set, cache, one_process, tmp_path):
     done = run_apart("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
@@ -146,15 +165,19 @@ def test_two_processes_train_as_one(small_set, cache, one_process, tmp_path):
     assert (one_process / "tensorboard").is_dir()
 
 
-def test_accumulated_passes_train_as_one(small_set, cache, one_process, tmp_path):
-    done = run(*command(small_set, cache, tmp_path / "accumulated", "--accumulate", "2", "--gradient-checkpointing"))
+@pytest.mark.parametrize("whole, steps", [("short", 4), pytest.param("one_process", 20, marks=pytest.mark.slow)])
+def test_accumulated_passes_train_as_one(small_set, cache, request, tmp_path, whole, steps):
+    whole = request.getfixturevalue(whole)
+    done = run(*command(small_set, cache, tmp_path / "accumulated", "--steps", steps, "--accumulate", "2",
+                        "--gradient-checkpointing"))
     assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(lines(one_process)[:20], lines(tmp_path / "accumulated")[:20]):
+    for a, b in zip(lines(whole)[:steps], lines(tmp_path / "accumulated")[:steps], strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"], (a, b)
 
 
-def test_the_teacher_store_serves_v3(small_set, cache, tmp_path):
-    own = ["--store", "2", "--feature-weight", "0"]
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_teacher_store_serves_v3(small_set, tmp_path, steps):
+    own = ["--store", "2", "--feature-weight", "0", "--steps", steps]
     logs = []
     for name, more in (("one", []), ("accumulated", ["--accumulate", "2"])):
         done = run(*command(small_set, tmp_path / "cache", tmp_path / name, *own, *more))
@@ -191,6 +214,7 @@ def test_two_processes_that_share_the_states_train_as_one(small_set, cache, one_
     assert all(torch.equal(want[k], found[k]) for k in want)
 
 
+@pytest.mark.slow
 def test_adamw_in_8_bits_trains_nearly_as_adamw(small_set, cache, one_process, tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     done = run(*command(small_set, cache, tmp_path / "eight", "--optimizer", "adamw8bit"))
@@ -341,12 +365,12 @@ def test_broken_shards_are_counted(shards, tmp_path):
 
 
 def test_training_on_shards(small_set, cache, shards, tmp_path):
-    done = run(*command(small_set, cache, tmp_path / "s", "--shards", str(shards), "--workers", "2", "--steps", "4"))
+    done = run(*command(small_set, cache, tmp_path / "s", "--shards", str(shards), "--workers", "2", "--steps", "2"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [x["step"] for x in lines(tmp_path / "s") if "loss" in x] == [1, 2, 3, 4]
+    assert [x["step"] for x in lines(tmp_path / "s") if "loss" in x] == [1, 2]
 
 
-def test_inference_compares_from_the_same_noise(one_process, tmp_path):
+def test_inference_compares_from_the_same_noise(short, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat on the grass\n\na dog in the snow\n", "utf-8")
     teacher = str(TEACHER)
@@ -360,5 +384,5 @@ def test_inference_compares_from_the_same_noise(one_process, tmp_path):
     done = run("v3/inference.py", "--model", teacher, "--batch", "1", "--out", str(tmp_path / "single"), *common)
     single = np.asarray(Image.open(tmp_path / "single" / "00001.png"))
     assert done.returncode == 0 and np.abs(single.astype(int) - pair[:, :32]).max() <= 1
-    done = run("v3/inference.py", "--model", str(one_process), "--out", str(tmp_path / "student"), *common)
+    done = run("v3/inference.py", "--model", str(short), "--out", str(tmp_path / "student"), *common)
     assert done.returncode == 0 and len(list(Path(tmp_path / "student").glob("0*.png"))) == 2

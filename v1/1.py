@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from common.cache import Batch, TrainingPairs
 from common.coco import CocoCaptions
 from common.features import StudentWithFeatures
-from common.files import fingerprint, from_root, make_folder
+from common.files import from_root, make_folder
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import finish, summary
@@ -192,7 +192,7 @@ def main(s: Settings):
     config["sample_size"] = teacher.latent_side(s.resolution)
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
-    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint()))
+    run.create(train_set.fingerprint() + val_set.fingerprint(), teacher.fingerprint(), dtype)
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
@@ -208,6 +208,8 @@ def main(s: Settings):
 
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     chains = [chain_timesteps(noise_scheduler, length) for length in s.chains]
+    no_zero = all(chain[0] > 0 for chain in chains if len(chain) < len(alphas_cumprod))  # two steps from 0 lead nowhere
+    require(no_zero or not s.progressive, "--progressive needs a teacher whose schedule leaves out timestep 0")
     starts = stage_starts(s.steps, s.stage_percent)
     loss_of, with_features, chain_before, also_saved = LOSSES[s.loss], None, None, {}
     if s.progressive:  # the student as the stage before left it

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from common.cache import TrainingPairs
 from common.coco import CocoCaptions
-from common.files import fingerprint, from_root, make_folder
+from common.files import from_root, make_folder
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import finish, summary
@@ -108,7 +108,7 @@ def main(s: Settings):
     config["sample_size"] = teacher.latent_side(s.resolution)
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
-    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint()))
+    run.create(train_set.fingerprint() + val_set.fingerprint(), teacher.fingerprint(), dtype)
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")

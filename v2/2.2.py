@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions
-from common.files import fingerprint, from_root, make_folder
+from common.files import from_root, make_folder
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import finish, summary
@@ -63,7 +63,7 @@ class Settings:
     alpha_start: float = 1.0  # weight of the KD term at the first step
     alpha_end: float = 0.5  # and at the last one, linear in between
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
-    dropout_end: float = 0.2  # and at the last one, linear in between (with a store in as many steps as it has draws)
+    dropout_end: float = 0.2  # and at the last one, linear in between (with --store K it rises in K equal jumps)
     store: int = 4  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
@@ -121,7 +121,7 @@ def main(s: Settings):
     config["sample_size"] = teacher.latent_side(s.resolution)
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
-    run.create(fingerprint(train_set.fingerprint(), val_set.fingerprint(), teacher.fingerprint()))
+    run.create(train_set.fingerprint() + val_set.fingerprint(), teacher.fingerprint(), dtype)
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common.coco import CocoCaptions
 from common.files import full_disk_is_one_line, make_folder, read_text, write_atomically
-from common.settings import parse, require
+from common.settings import parse, require, start
 
 
 @dataclass
@@ -148,11 +148,10 @@ def check_shards(pattern: str) -> int:
 def main(s: Settings):
     given = [option for option in (s.coco, s.urls, s.check) if option]
     require(len(given) == 1, "give one of --coco, --urls and --check")
-    require(s.shard_size >= 1, "--shard-size must be at least 1")
     if s.check:
         raise SystemExit(1 if check_shards(s.check) else 0)
     write_shards(s) if s.coco else download_urls(s)
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    start(main, parse(Settings, __doc__))

@@ -24,13 +24,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from huggingface_hub import HfApi
 from prepare_unet_small import pruned_config
 
 from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions
 from common.features import StudentWithFeatures, block_names
-from common.files import fingerprint, from_root, make_folder
+from common.files import from_root, make_folder
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import finish, model_card, summary
@@ -71,7 +72,7 @@ class Settings:
     task_weight: float = 1.0  # of the error against the noise
     kd_weight: float = 1.0  # of the error against the teacher's prediction
     feature_weight: float = 0.1  # of the blocks' outputs; 0: none
-    store: int = 0  # draws of each picture whose teacher predictions are cached (with --feature-weight 0); 0: fresh draws
+    store: int = 0  # fixed draws of each picture whose teacher predictions are cached (with --feature-weight 0); 0: none
     feature_blocks: tuple[str, ...] = ()  # whose outputs are matched; none given: all that have the teacher's size
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
@@ -129,10 +130,11 @@ def main(s: Settings):
             "--feature-weight 0 and --data")
     require(s.task_weight + s.kd_weight + s.feature_weight > 0, "--task-weight, --kd-weight and --feature-weight must not all "
             "be 0")
+    if s.mixed_precision:  # DeepSpeed reads it there
+        os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
     accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, log_with="tensorboard" if s.tensorboard else None,
                                     project_dir=s.out)
-    told = s.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    dtype = pick_dtype(told, accelerator.device)
+    dtype = pick_dtype(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.device)
     shares = accelerator.num_processes * s.accumulate
     require(s.batch_size % shares == 0, f"--batch-size must be a multiple of {shares}, processes x --accumulate")
     run = Run(s.out, s, s.resume, accelerator)
@@ -152,7 +154,7 @@ def main(s: Settings):
         batches = ShardPairs(s.shards, teacher, size_px=s.resolution, **place)
     if s.push_to_hub and accelerator.is_main_process:  # a missing login or a refused card shows now, not after the training
         with a_hub_error_is_one_line(s.push_to_hub):
-            HfApi().create_repo(s.push_to_hub, exist_ok=True)
+            HfApi().whoami()
             card = model_card("V-3", teacher.name, data, s.val_split, s.resolution, {"parameters": 0, "metric": 0.0}, {}, "")
             card.validate()
 
@@ -162,7 +164,7 @@ def main(s: Settings):
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
     source = batches if s.shards else train_set
-    run.create(fingerprint(source.fingerprint(), val_set.fingerprint(), teacher.fingerprint()))
+    run.create(source.fingerprint() + val_set.fingerprint(), teacher.fingerprint(), dtype)
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
@@ -189,6 +191,8 @@ def main(s: Settings):
         innermost = f"down_blocks.{len(student.down_blocks) - 1}"
         matching = tuple(name for name in block_names(student) if s.size == "sd_small" or name != innermost)
         with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks or matching, F.mse_loss, empty)
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    require(not fsdp or s.optimizer == "adamw", "--optimizer adamw8bit does not work with FSDP")
     if s.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     if s.compile:
@@ -247,6 +251,7 @@ def main(s: Settings):
     accelerator.end_training()
     if s.push_to_hub and accelerator.is_main_process:
         with a_hub_error_is_one_line(s.push_to_hub, "; the student itself is saved"):
+            HfApi().create_repo(s.push_to_hub, exist_ok=True)
             HfApi().upload_folder(repo_id=s.push_to_hub, folder_path=run.folder / "student")
 
 
