@@ -111,6 +111,7 @@ class Measurement:
             load_teacher=self.load_teacher, slice_unet=lambda teacher, config: UNet2DConditionModel(**config),
             Run=lambda *_: self.run(), CocoCaptions=mock.MagicMock(), Evaluator=lambda *_, **__: self.evaluator(),
             TrainingPairs=lambda *_, **__: self.pairs(), TeacherStore=lambda *_: self.pairs(stored=True),
+            chain_timesteps=lambda _, length: range(1, length + 1),  # V-1 reads them once, before it trains
             make_folder=lambda folder, _: folder, summary=mock.Mock(), finish=mock.Mock())
 
     def load_teacher(self, name: str, device, dtype: torch.dtype) -> Teacher:
