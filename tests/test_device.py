@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not POSSIBLE, reason="needs a
 
 VERSIONS = {
     "v1": ["v1/1.py", "--channels", "16,32,32,48", "--mid-block", "--feature-blocks", "mid_block,up_blocks.3", "--progressive",
-           "--chains", "1000,50", "--stage-percent", "50,50"],
+           "--chains", "1000,50", "--stage-percent", "60,40"],
     "v2.1": ["v2/2.1.py", "--channels", "16,32"],
-    "v2.2": ["v2/2.2.py", "--channels", "16,32", "--store", "0", "--no-cache"],
+    "v2.2": ["v2/2.2.py", "--channels", "16,32", "--store", "0", "--no-cache", "--flip"],
     "v2.2 store": ["v2/2.2.py", "--channels", "16,32", "--store", "1"],
     "v3": ["v3/train_student_kd.py", "--channels", "32,48,64", "--no-tensorboard"],
 }
@@ -29,29 +29,29 @@ def on_a_device(kind, *arguments, program=None):
 def command(name, small_set, folder, dtype):
     script, *own = VERSIONS[name]
     precision = ["--mixed-precision", "no" if dtype == "fp32" else dtype] if name == "v3" else ["--dtype", dtype]
-    return [script, "--mini", "--data", small_set, "--steps", "4", "--batch-size", "4", "--eval-every", "2", "--eval-samples",
-            "2", "--final-samples", "4", "--sample-steps", "2", "--save-every", "2", "--log-every", "1", "--flip",
+    return [script, "--mini", "--data", small_set, "--steps", "3", "--batch-size", "4", "--eval-every", "0",
+            "--final-samples", "2", "--sample-steps", "1", "--save-every", "2", "--log-every", "1",
             "--cache-folder", folder / "cache", "--out", folder / "run", *precision, *own]
 
 
-RUNS = [*((name, "cuda", "bf16") for name in VERSIONS), ("v3", "cuda", "fp16"), ("v2.2 store", "mps", "fp32"),
-        ("v1", "mps", "fp32")]
+RUNS = [*((name, "cuda", "bf16") for name in VERSIONS), ("v2.2 store", "mps", "fp32")]
 
 
 @pytest.mark.parametrize("name, kind, dtype", RUNS)
-def test_a_run_from_caching_to_saving_and_resuming(small_set, tmp_path, name, kind, dtype):
+def test_a_run_from_caching_to_saving(small_set, tmp_path, name, kind, dtype):
     arguments = command(name, small_set, tmp_path, dtype)
     done = on_a_device(kind, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [x["step"] for x in lines(tmp_path / "run") if "loss" in x] == [1, 2, 3, 4]
-    for file in (tmp_path / "run" / "checkpoint-00000004").iterdir():
-        file.unlink()
-    done = on_a_device(kind, *arguments, "--resume")
-    assert done.returncode == 0 and "going on at step 2" in done.stdout, done.stderr[-2000:]
+    assert [x["step"] for x in lines(tmp_path / "run") if "loss" in x] == [1, 2, 3]
+    if name in ("v1", "v3"):  # V-1 has the most to restore; V-3's loop is the other one
+        for file in (tmp_path / "run" / "checkpoint-00000003").iterdir():
+            file.unlink()
+        done = on_a_device(kind, *arguments, "--resume")
+        assert done.returncode == 0 and "going on at step 2" in done.stdout, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_drawing(tmp_path, kind):
+def test_drawing(tmp_path):
+    kind = "cuda"
     done = on_a_device(kind, "v3/inference.py", "--model", TEACHER, "--prompt", "a cat", "--steps", "2", "--grid", "--compare",
                        TEACHER, "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -80,12 +80,10 @@ with pretend(kind) as gpu:
 """
 
 
-@pytest.mark.parametrize("name, dtype", [("v2.2 store", "bf16"), ("v2.1", "fp16"), ("v3", "bf16")])
+@pytest.mark.parametrize("name, dtype", [("v2.2 store", "bf16"), ("v1", "fp16")])
 def test_a_training_step_never_waits_for_the_gpu(small_set, tmp_path, name, dtype):
     """Between log lines: no value is read, and what goes to the GPU goes from pinned memory."""
-    more = ["--steps", "8", "--log-every", "100", "--save-every", "100", "--eval-every", "0", "--feature-weight", "0"]
-    more = more if name in ("v1", "v3") else more[:-2]
-    arguments = [x for x in command(name, small_set, tmp_path, dtype) if x != "--progressive"]
-    done = on_a_device("cuda", *arguments, *more, program=WAITS_OF_STEPS)
+    more = ["--steps", "8", "--log-every", "100", "--save-every", "100"]
+    done = on_a_device("cuda", *command(name, small_set, tmp_path, dtype), *more, program=WAITS_OF_STEPS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"waits {[{}] * 4}" in done.stdout, done.stdout[-500:]
