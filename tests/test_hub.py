@@ -6,9 +6,12 @@ from hub_servers import NOWHERE, environment_of, serve_repository, serve_uploads
 
 # the hub's client waits half a minute in all between its retries, which no setting shortens
 IMPATIENT = "import time; time.sleep = lambda _: None\n"
-LOAD = ("import sys; sys.path.insert(0, '.')\nimport common, torch\nfrom common.teacher import load_teacher\n"
-        "teacher = load_teacher(sys.argv[1], torch.device('cpu'))\n"
-        "print('loaded', sum(p.numel() for p in teacher.unet.parameters()))\n")
+LOAD = ("import sys; sys.path.insert(0, '.')\nimport common, torch\nfrom common.settings import start\n"
+        "from common.teacher import load_teacher\n"
+        "def main(name):\n"
+        "    teacher = load_teacher(name, torch.device('cpu'))\n"
+        "    print('loaded', sum(p.numel() for p in teacher.unet.parameters()))\n"
+        "start(main, sys.argv[1])\n")
 TRAIN = ("import runpy, sys; sys.argv[0] = 'v3/train_student_kd.py'; sys.path.insert(0, 'v3')\n"
          "runpy.run_path(sys.argv[0], run_name='__main__')\n")
 

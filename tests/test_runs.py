@@ -44,7 +44,7 @@ def last_step(out):
     return json.loads(path.read_text("utf-8").splitlines()[-1])["step"] if path.is_file() and path.read_text("utf-8") else 0
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW if name == "v2.2" else []) for name in SCRIPTS])
 def unbroken(request, small_set, cache, tmp_path_factory):
     """(its name, its folder, what it printed) of a run of each script."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"

@@ -100,6 +100,7 @@ before = everywhere() | libraries()
 """
 
 
+@pytest.mark.slow
 def test_importing_common_changes_nothing_for_others():
     """All of its modules but the command, which stands for itself."""
     modules = sorted(path.stem for path in (ROOT / "common").glob("*.py") if path.stem not in ("__init__", "evaluate"))

@@ -180,7 +180,8 @@ def test_accumulated_passes_train_as_one(small_set, cache, request, tmp_path, wh
         assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"], (a, b)
 
 
-@pytest.mark.parametrize("options", [SHORT, pytest.param([], marks=pytest.mark.slow)], ids=["short", "whole"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SHORT, []], ids=["short", "whole"])
 def test_the_teacher_store_serves_v3(small_set, tmp_path, options):
     own = ["--store", "2", "--feature-weight", "0", *options]
     logs = []

@@ -99,20 +99,21 @@ def main(s: Settings):
     device = start_accelerator(s.device).device
     dtype = pick_dtype(s.dtype, device)
     out = make_folder(Path(s.out), "--out")
-    rows, size_px = {}, s.size_px
+    rows, size_px = [], s.size_px
     for name in (s.model, s.compare) if s.compare else (s.model,):
         pipeline = load(name, s.sampler, device, dtype)
         if s.compile:
             pipeline.unet.compile()
         size_px = size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor  # --compare's too
         images, seconds = draw(pipeline, prompts, size_px, Path(name).name, s)
-        rows[name] = images
+        rows.append(images)
         print(f"{name}: {seconds:.3f} s an image on {device.type}, batches of {min(s.batch, len(prompts))}")
     with full_disk_is_one_line(out, "what was drawn is kept"):
-        for i, images in enumerate(zip(*rows.values())):
+        for i, images in enumerate(zip(*rows)):
             side_by_side(images).save(out / f"{i:05d}.png")
         if s.grid:  # the model's images over the other's
-            pixels = {name: torch.stack([pil_to_tensor(image) for image in images]) for name, images in rows.items()}
+            names = ("model", "compare")
+            pixels = {name: torch.stack([pil_to_tensor(image) for image in images]) for name, images in zip(names, rows)}
             save_sheet(out / "grid.png", pixels, prompts, columns=8 if len(rows) == 1 else len(prompts))
     print(f"{len(prompts)} pictures in {out}")
 
