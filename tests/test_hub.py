@@ -27,6 +27,7 @@ def load(name, environment, home):
     return run_apart("-c", IMPATIENT + LOAD, name, env={**environment, "HF_HOME": str(home)})
 
 
+@pytest.mark.slow
 def test_a_hub_id_loads_and_goes_on_after_a_cut_connection(hub, tmp_path):
     environment, requests, broken = hub
     weights = "unet/diffusion_pytorch_model.safetensors"

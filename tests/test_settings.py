@@ -109,6 +109,7 @@ def test_importing_common_changes_nothing_for_others():
     assert done.returncode == 0 and done.stdout == "" and len(modules) >= 14, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_torchvisions_operators_are_declared_where_it_cannot_load(tmp_path):
     """A torchvision whose import fails as that of a CUDA build does beside a CPU-only torch."""
     (tmp_path / "torchvision").mkdir()

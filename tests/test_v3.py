@@ -168,7 +168,8 @@ def test_two_processes_train_as_one(small_set, cache, one_process, tmp_path):
     assert (one_process / "tensorboard").is_dir()
 
 
-@pytest.mark.parametrize("whole, options", [("short", SHORT), pytest.param("one_process", [], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole, options", [("short", SHORT), ("one_process", [])])
 def test_accumulated_passes_train_as_one(small_set, cache, request, tmp_path, whole, options):
     whole = request.getfixturevalue(whole)
     done = run(*command(small_set, cache, tmp_path / "accumulated", *options, "--accumulate", "2",
@@ -335,6 +336,7 @@ def test_every_sample_goes_to_one_worker_of_one_process(shards, processes, worke
     assert len(counts) == 48 and set(counts.values()) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_skips_goes_on_where_it_was(shards, workers):
     files = coco_dataset.find_shards(str(shards))
