@@ -16,7 +16,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from common.cache import Batch, draw_noise
+from common.cache import Batch, draw_noise, share_of
 from common.coco import captions_of, load_image
 from common.files import fingerprint
 from common.sampling import encode_captions, encode_images
@@ -177,8 +177,7 @@ class ShardPairs:
         except RuntimeError as error:  # a worker's comes with its traceback
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise SystemExit(f"error: --shards: {reason}; look at them with python v3/data.py --check") from None
-        first = share * (self.rank * parts + part)
-        mine = slice(first, first + share)
+        mine = share_of(self.batch_size, self.rank * parts + part, self.processes * parts)
         rng = np.random.default_rng([self.seed, 1, step])  # draws for the global batch, of which this part is `mine`
         dropped = (rng.random(self.batch_size) < dropout)[mine]
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped)]

@@ -92,7 +92,7 @@ def side_by_side(images: tuple[Image.Image, ...]) -> Image.Image:
 def main(s: Settings):
     require(bool(s.prompt) != bool(s.prompts), "give --prompt or --prompts")
     require(not s.prompts or Path(s.prompts).is_file(), f"{s.prompts} is missing")
-    require(s.size_px >= 0 and s.size_px % 8 == 0, "--size-px must be a multiple of 8")
+    require(s.size_px % 8 == 0, "--size-px must be a multiple of 8")
     lines = read_text(Path(s.prompts)).splitlines() if s.prompts else [s.prompt]
     prompts = [line.strip() for line in lines if line.strip()]
     require(prompts, f"{s.prompts or '--prompt'} has no prompt")
