@@ -16,7 +16,8 @@ The device has random numbers of its own. Autocast, GradScaler, fused optimizers
 
 It cannot see what lies in the device's kernels: their rounding, dtypes that they lack, speed, memory, layouts, launch
 errors; nor streams that race each other, CUDA graphs, `torch.compile`, `pin_memory=True` of factories, several devices.
-A parameter cannot move to the device while a graph holds it. It reaches into torch's own tables (Linux, torch 2.13).
+A parameter cannot move to the device while a graph holds it; backward passes belong in the thread that pretends, since
+torch keeps a queue only for the devices that it saw at its first one. It reaches into torch's own tables (Linux, torch 2.13).
 """
 
 import collections
