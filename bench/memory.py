@@ -41,6 +41,7 @@ ROWS = {  # name: script and how many draws its store holds
     "V-2.2": ("v2/2.2.py", 4),
     "V-2.2, --store 0": ("v2/2.2.py", 0),
     "V-3": ("v3/train_student_kd.py", 0),
+    "adapting the teacher": ("checkpoints/adapt_teacher.py", 0),
 }
 
 
@@ -111,8 +112,15 @@ class Measurement:
             load_teacher=self.load_teacher, slice_unet=lambda teacher, config: UNet2DConditionModel(**config),
             Run=lambda *_: self.run(), CocoCaptions=mock.MagicMock(), Evaluator=lambda *_, **__: self.evaluator(),
             TrainingPairs=lambda *_, **__: self.pairs(), TeacherStore=lambda *_: self.pairs(stored=True),
+            measure_fitness=lambda *_: mock.Mock(knowledge=lambda scheduler, *_: torch.ones(len(scheduler.betas))),
             chain_timesteps=lambda _, length: range(1, length + 1),  # V-1 reads them once, before it trains
-            make_folder=lambda folder, _: folder, summary=mock.Mock(), finish=mock.Mock())
+            make_folder=lambda folder, _: folder, summary=mock.Mock(), finish=mock.Mock(),
+            # the teacher's adaptation
+            adapted_to=lambda _: 0, merge=lambda *_: self.merged(), save_student=mock.Mock(), model_card=mock.Mock(),
+            table=mock.Mock())
+
+    def merged(self):
+        return UNet2DConditionModel(**self.teacher.unet_config).eval().requires_grad_(False)
 
     def load_teacher(self, name: str, device, dtype: torch.dtype) -> Teacher:
         torch.set_default_dtype(dtype)
@@ -121,6 +129,7 @@ class Measurement:
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
         self.teacher = Teacher(name, tokenizer=None, noise_scheduler=scheduler, **parts)
         self.teacher.fingerprint = lambda *_: ""  # what has no values has none
+        self.teacher.unet_config = {k: v for k, v in self.teacher.unet.config.items() if not k.startswith("_")}
         self.side = self.teacher.latent_side(self.settings.resolution)
         return self.teacher
 
@@ -145,7 +154,7 @@ class Measurement:
 
     def after_step(self, _, trainer, **__):
         parts = [self.teacher.unet, self.teacher.vae, self.teacher.text_encoder, self.inception]
-        frozen = sum(p.nbytes for part in parts if part is not None for p in part.parameters())
+        frozen = sum(p.nbytes for part in parts if part for p in part.parameters() if not p.requires_grad)
         gradients = sum(p.nbytes for p in trainer.model.parameters())  # they are let go after each step
         self.row["frozen"] = frozen
         self.row["states"] = self.memory.now - self.batch_bytes - frozen + gradients

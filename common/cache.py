@@ -28,6 +28,7 @@ DEPENDS_ON = {  # the teacher's parts that each kind of cached thing is computed
     "pairs": ("vae", "text_encoder", "tokenizer"),
     "store": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
     "teacher images": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
+    "fitness": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
     "image features": (),
     "reconstruction features": ("vae",),
 }
@@ -141,8 +142,11 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def draw_noise(rng: np.random.Generator, shape: tuple, chain: torch.Tensor, mine: slice, device):
-    """Standard normal noise for latents of `shape` and timesteps out of `chain`, of which the share `mine` is returned."""
+def draw_noise(rng: np.random.Generator, shape: tuple, chain: torch.Tensor | None, mine: slice, noise_scheduler, device):
+    """Standard normal noise for latents of `shape` and timesteps out of `chain`, or of all of the noise scheduler's, of which
+    the share `mine` is returned."""
+    if chain is None:
+        chain = torch.arange(noise_scheduler.config.num_train_timesteps)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))  # on the CPU: the same numbers for every device
     noise = torch.randn(shape, generator=generator)[mine]
     timesteps = chain[torch.randint(len(chain), shape[:1], generator=generator)[mine]]
@@ -195,13 +199,11 @@ class TrainingPairs:
     def _cache_latents(self, workers: int):
         """`self.latents`: one array of all pictures and, with `flip`, one of their mirror images."""
         side = self.dataset.size_px // self.teacher.vae_factor
-        shape, batch = (len(self.dataset), 4, side, side), 128
+        shape = (len(self.dataset), 4, side, side)
         self.latents = []
         for name in ("latents", "latents-mirrored")[: 1 + self.flip]:
             def produce(start, mirrored=name == "latents-mirrored"):
-                for stacked, indices in images(self.dataset, batch, workers, start):
-                    batches_before = (indices[0] - start) // batch
-                    end = min(len(self.dataset), start + batch * (batches_before + 1))
+                for stacked, indices, end in images(self.dataset, 128, workers, start):
                     latents = encode_images(self.teacher.vae, stacked.flip(3) if mirrored else stacked)
                     yield indices, end, latents.float().cpu().numpy()  # numpy knows no bf16
 
@@ -245,10 +247,8 @@ class TrainingPairs:
         choices = np.where(dropped, -1, rng.integers(0, 60, self.batch_size))
         mirrored = rng.random(self.batch_size) < 0.5 if self.flip else np.zeros(self.batch_size, bool)
         latents, encoder_hidden_states = self.batch(self.indices(step)[mine], choices[mine], mirrored[mine])
-        if chain is None:
-            chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
         shape = (self.batch_size, *latents.shape[1:])
-        noise, timesteps = draw_noise(rng, shape, chain, mine, self.device)
+        noise, timesteps = draw_noise(rng, shape, chain, mine, self.teacher.noise_scheduler, self.device)
         return Batch(latents, encoder_hidden_states, noise, timesteps, dropout=dropout)
 
     def indices(self, step: int) -> np.ndarray:

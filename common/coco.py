@@ -168,12 +168,13 @@ class CocoCaptions(torch.utils.data.Dataset):
 
 
 def images(dataset: CocoCaptions, batch: int, workers: int = 0, start: int = 0):
-    """Yield ((n, 3, size, size) uint8, their indices) in order from `start`; undecodable pictures are left out."""
+    """Yield ((n, 3, size, size) uint8, their indices, the index after the batch) in order from `start`; undecodable pictures
+    are left out."""
     rest = torch.utils.data.Subset(dataset, range(start, len(dataset)))
     loader = torch.utils.data.DataLoader(rest, batch_size=batch, num_workers=workers, collate_fn=_stack)
     for count, good, stacked in loader:
         if good:
-            yield stacked, [start + k for k in good]
+            yield stacked, [start + k for k in good], start + count
         start += count
 
 

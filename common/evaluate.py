@@ -61,7 +61,7 @@ MINI = dict(teacher="checkpoints/mini-teacher", data="data/mini", train_split="t
 
 def some_images(dataset: CocoCaptions, workers: int) -> torch.Tensor:
     """(N, 3, H, W) uint8: all of them."""
-    return torch.cat([pixels for pixels, _ in images(dataset, 100, workers)])
+    return torch.cat([pixels for pixels, *_ in images(dataset, 100, workers)])
 
 
 def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoCaptions, vae, seed: int, workers: int) -> dict:

@@ -81,8 +81,10 @@ class FeatureMatching(torch.nn.Module):
             projection = ConvProjection(ours.shape[1], theirs.shape[1])
             self.projections[name.replace(".", "-")] = projection.to(ours.device)
 
-    def forward(self, student_features: dict[str, torch.Tensor], teacher_features: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean feature loss over the matched blocks, in units of the teacher's root mean square.
+    def forward(self, student_features: dict[str, torch.Tensor], teacher_features: dict[str, torch.Tensor],
+                weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Mean feature loss over the matched blocks, in units of the teacher's root mean square, each picture's times its
+        `weight` (B, 1, 1, 1).
 
         The unit is each picture's own, so that a batch split over several processes has the same loss.
         """
@@ -91,7 +93,7 @@ class FeatureMatching(torch.nn.Module):
             projected = self.projections[name.replace(".", "-")](ours).float()
             theirs = teacher_features[name].float()
             rms = theirs.square().mean((1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
-            losses.append(self.loss(projected / rms, theirs / rms))
+            losses.append((weight * self.loss(projected / rms, theirs / rms, reduction="none")).mean())
         return torch.stack(losses).mean()
 
 
@@ -109,15 +111,17 @@ class StudentWithFeatures(torch.nn.Module):
         self.student_hooks, self.teacher_hooks = hook_both(student, teacher, blocks)
         side = student.config.sample_size
         parameter, device = next(teacher.parameters()), encoder_hidden_states.device
-        zeros, start = torch.zeros(1, 4, side, side, device=device), torch.zeros(1, device=device)
+        encoder_hidden_states = encoder_hidden_states.expand(2, -1, -1)  # of one picture a GroupNorm may see a single value
+        zeros, start = torch.zeros(2, 4, side, side, device=device), torch.zeros(2, device=device)
         with torch.no_grad():
             student(zeros, start, encoder_hidden_states)
             teacher(zeros.to(parameter.dtype), start, encoder_hidden_states.to(parameter.dtype))
         self.matching = FeatureMatching(self.student_hooks.take(), self.teacher_hooks.take(), loss)
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor,
-                teacher_features: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noise prediction (B, 4, h, w) float32 and the feature loss."""
+                teacher_features: dict[str, torch.Tensor],
+                weight: torch.Tensor | float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise prediction (B, 4, h, w) float32 and the feature loss, of which each picture's part has its `weight`."""
         dtype = self.student.dtype  # DeepSpeed's weights are in bf16 or fp16, and it switches autocast off
         noise_pred = self.student(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False)[0]
-        return noise_pred.float(), self.matching(self.student_hooks.take(), teacher_features)
+        return noise_pred.float(), self.matching(self.student_hooks.take(), teacher_features, weight)

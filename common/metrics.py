@@ -134,12 +134,10 @@ class Evaluator:
     def _features_of_set(self, kind: str) -> tuple[np.ndarray, dict]:
         """(N, D) features of the whole validation set, from the cache: its images, or their reconstructions."""
         key = cache_key(kind, self.teacher, self.network_key, self.dataset.fingerprint())
-        shape, batch = (len(self.dataset), self.network.num_features), 50
+        shape = (len(self.dataset), self.network.num_features)
 
         def produce(start):
-            for pixels, indices in images_of(self.dataset, batch, self.workers, start):
-                batches_before = (indices[0] - start) // batch
-                end = min(len(self.dataset), start + batch * (batches_before + 1))
+            for pixels, indices, end in images_of(self.dataset, 50, self.workers, start):
                 if kind == "reconstruction features":
                     pixels = reconstruct(self.teacher.vae, pixels)
                 yield indices, end, self.network(pixels.to(self.device)).float().cpu().numpy()

@@ -12,6 +12,7 @@ from torch import nn
 from common.files import fingerprint
 
 EFFNET_INPUT_PX = 128  # images are 32 px; a third of the time of ImageNet's 224
+READER_INPUT_PX = 32
 CAPTION_ACCURACY = ("caption accuracy", "caption accuracy, both of two", "caption accuracy, both in place")
 
 
@@ -63,7 +64,10 @@ class EffNetLite0(nn.Module):
 
 
 class CategoryReader(nn.Sequential):
-    """Names the drawn category of a 32 px image of one object: (N, 3, 32, 32) uint8 to (N, categories) logits."""
+    """Names the drawn category of an image of one object: (N, 3, H, W) uint8 to (N, categories) logits.
+
+    It was trained on 32 px; images of other sizes are scaled to that, bilinearly.
+    """
 
     def __init__(self, categories: int):
         layers, wide = [], 3
@@ -73,7 +77,10 @@ class CategoryReader(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(wide, categories))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images.float() / 127.5 - 1)
+        x = images.float() / 127.5 - 1
+        if x.shape[-1] != READER_INPUT_PX:
+            x = F.interpolate(x, (READER_INPUT_PX,) * 2, mode="bilinear", align_corners=False)
+        return super().forward(x)
 
 
 def load_reader(folder: Path) -> CategoryReader | None:

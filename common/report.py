@@ -114,14 +114,16 @@ def save_student(unet, teacher, folder: Path, card: ModelCard):
 
 
 def finish(folder: Path, title: str, student, teacher, evaluation, teacher_scores: dict, *, how: str, data: Path,
-           val_split: str, resolution: int):
-    """Save the student in `<folder>/student` and print the closing table."""
+           val_split: str, resolution: int, warning: str = ""):
+    """Save the student in `<folder>/student` and print the closing table, and the `warning` once more."""
     scores = evaluation.scores
     title = f"{title}: {scores['parameters'] / 1e6:.2f} M student"
-    card = model_card(title, teacher.name, data, val_split, resolution, scores, teacher_scores, how)
+    card = model_card(title, teacher.name, data, val_split, resolution, scores, teacher_scores, how, warning)
     save_student(student, teacher, folder / "student", card)
     print(f"\nThe student lies in {folder / 'student'}, samples and curves beside it. {how}:\n")
     print(table({"teacher": teacher_scores, "student": scores}))
+    if warning:
+        print(warning)
 
 
 def copy_weights(source: Path, target: Path):
@@ -146,8 +148,9 @@ def licence_of(name: str) -> str | None:
 
 
 def model_card(title: str, teacher_name: str, data: str, val_split: str, resolution: int, scores: dict,
-               teacher_scores: dict, how: str) -> ModelCard:
-    """The README.md of a saved student, with the metadata block that the Hugging Face hub reads: only what is known."""
+               teacher_scores: dict, how: str, warning: str = "", kind: str = "student", tag: str = "") -> ModelCard:
+    """The README.md of a saved student (or other `kind` of model), with the metadata block that the Hugging Face hub reads:
+    only what is known, and a `tag` of its own."""
     on_hub = not Path(teacher_name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher_name)
     teacher, data, licence = Path(teacher_name).name, Path(data).name, licence_of(teacher_name)
     numbers = {name: round(value, 5) for name, value in scores.items()
@@ -156,7 +159,7 @@ def model_card(title: str, teacher_name: str, data: str, val_split: str, resolut
                           metric_type=name, metric_name=name, metric_value=value) for name, value in numbers.items()]
     metadata = ModelCardData(
         model_name=title, library_name="diffusers", pipeline_tag="text-to-image", license=licence,
-        base_model=teacher_name if on_hub else None, tags=["stable-diffusion", "distillation"], eval_results=results)
+        base_model=teacher_name if on_hub else None, tags=["stable-diffusion", tag or "distillation"], eval_results=results)
     lines = [f"| {name} | {teacher_scores.get(name, '-')} | {value} |" for name, value in scores.items()]
     said = (f"The weights derive from {teacher}'s and keep its licence, {licence}." if licence else
             f"The weights derive from {teacher}'s; its licence, which its card does not name, holds for them too.")
@@ -165,16 +168,16 @@ def model_card(title: str, teacher_name: str, data: str, val_split: str, resolut
 ---
 # {title}
 
-A student of {scores['parameters'] / 1e6:.2f} M U-Net parameters, distilled from `{teacher}` at {resolution} px on `{data}`.
+A {kind} of {scores['parameters'] / 1e6:.2f} M U-Net parameters, made from `{teacher}` at {resolution} px on `{data}`.
 
     from diffusers import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline.from_pretrained("this folder", safety_checker=None)
 
 Measured with {how}:
 
-| | teacher | student |
+| | teacher | {kind} |
 |---|---|---|
 {chr(10).join(lines)}
-
+{warning and f"{chr(10)}{warning[0].upper()}{warning[1:]}.{chr(10)}"}
 {said}
 """)

@@ -1,6 +1,7 @@
 """The teacher: loading and checking any Stable Diffusion 1.x folder or hub id."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +42,12 @@ class Teacher:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def latent_side(self, resolution: int) -> int:
-        """Height and width of the latents of images of `resolution` pixels. Raises SystemExit where there are none."""
-        factor = 8 * self.vae_factor
+        """Height and width of the latents of images of `resolution` pixels. Raises SystemExit where there are none.
+
+        The U-Net takes latents of any size: diffusers scales up to the size of the skip connection. Its pipeline takes
+        multiples of 8 pixels, the autoencoder of its own factor.
+        """
+        factor = math.lcm(8, self.vae_factor)
         require(resolution % factor == 0, f"--resolution must be a multiple of {factor}")
         return resolution // self.vae_factor
 

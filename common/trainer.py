@@ -98,17 +98,20 @@ class Trainer:
     are the exponential moving average of the trained ones.
 
     `model` is the module that is trained, if that is more than the student; its forward pass is `trainer.model(...)`.
+    `ema_student` must be given where the student is no U-Net: another module of its kind.
     `also_saved`: modules that the optimizer does not train but whose weights change; every checkpoint holds them.
     """
 
     def __init__(self, accelerator: Accelerator, student, model=None, *, dtype: torch.dtype, steps: int, batch_size: int,
                  lr: float, warmup: float, weight_decay: float, max_grad_norm: float, ema_decay: float,
-                 optimizer: str = "adamw", keep: int = 2, also_saved: dict[str, torch.nn.Module] | None = None):
+                 optimizer: str = "adamw", keep: int = 2, ema_student=None,
+                 also_saved: dict[str, torch.nn.Module] | None = None):
         self.accelerator, self.student, self.dtype, self.keep = accelerator, student, dtype, keep
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.done_steps = 0
         self.skipped = torch.zeros(2, device=accelerator.device)  # steps without finite gradients: in all, in a row
-        self.ema_student = type(student).from_config(student.config).to(accelerator.device).eval().requires_grad_(False)
+        self.ema_student = ema_student or type(student).from_config(student.config)
+        self.ema_student.to(accelerator.device).eval().requires_grad_(False)
         self.ema_student.to(memory_format=torch.channels_last).load_state_dict(student.state_dict())
         self.also_saved = {"ema_student": self.ema_student, **(also_saved or {})}
 

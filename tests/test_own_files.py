@@ -428,9 +428,9 @@ def test_what_cannot_be_decoded_is_none_whatever_is_raised(tmp_path, monkeypatch
     dataset = CocoCaptions(root, "train", SIZE)
     assert [x is None for x in (dataset[i] for i in range(5))] == [False, True, True, True, True]
     found = list(images(dataset, 4))
-    assert [indices for _, indices in found] == [[0], [5]]
-    assert all(torch.equal(stacked, dataset[i][None]) for stacked, (i,) in found)
-    assert [indices for _, indices in images(dataset, 2, start=4)] == [[5]]
+    assert [(indices, end) for _, indices, end in found] == [([0], 4), ([5], 6)]
+    assert all(torch.equal(stacked, dataset[i][None]) for stacked, (i,), _ in found)
+    assert [(indices, end) for _, indices, end in images(dataset, 2, start=4)] == [([5], 6)]
     for error in (struct.error, KeyError, RuntimeError, MemoryError, AssertionError):
         monkeypatch.setattr("common.coco.load_image", lambda *_, error=error: (_ for _ in ()).throw(error()))
         assert dataset[0] is None

@@ -200,7 +200,7 @@ def test_workers_may_be_spawned_and_paths_hold_spaces_and_letters(small_set, tmp
         program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
                    "from common.coco import CocoCaptions, images\n"
                    "if __name__ == '__main__':\n    torch.multiprocessing.set_start_method('spawn')\n"
-                   f"    found = [i for _, indices in images(CocoCaptions({str(root)!r}, 'train', 32), 16, workers=2) "
+                   f"    found = [i for _, indices, _ in images(CocoCaptions({str(root)!r}, 'train', 32), 16, workers=2) "
                    "for i in indices]\n    assert found == list(range(48))\n")
         (tmp_path / "program.py").write_text(program, "utf-8")
         done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True)

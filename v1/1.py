@@ -28,6 +28,7 @@ from common.cache import Batch, TrainingPairs
 from common.coco import CocoCaptions
 from common.features import StudentWithFeatures
 from common.files import from_root, make_folder
+from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import finish, summary
@@ -73,6 +74,7 @@ class Settings:
     # feature matching
     loss: Literal["mse", "smooth_l1"] = "mse"  # of the noise and of the features
     feature_weight: float = 0.1  # of the features' loss; 0: the teacher is not run at all
+    weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
     feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1.attentions.1", "up_blocks.0", "up_blocks.1")
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
@@ -217,6 +219,15 @@ def main(s: Settings):
         also_saved["chain_before"] = chain_before
     if s.feature_weight:
         with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks, loss_of, pairs.empty)
+    warning = ""
+    if s.feature_weight or s.progressive:
+        fitness = measure_fitness(teacher, evaluator)
+        effect = "its features count less there" if s.weigh_teacher and not s.progressive else "it teaches what is wrong there"
+        accelerator.print(fitness.describe(s.resolution, effect))
+        if not run.begun:
+            run.log(step=0, **fitness._asdict())
+        warning = fitness.warning(s.resolution, effect)
+        knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
 
     trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
@@ -245,8 +256,9 @@ def main(s: Settings):
                 with torch.no_grad():
                     predict_noise(teacher.unet, noisy, batch)
                 teacher_features = with_features.teacher_hooks.take()
+                known = knowledge[batch.timesteps].view(-1, 1, 1, 1)
                 noise_pred, feature_loss = trainer.model(
-                    noisy, batch.timesteps, batch.encoder_hidden_states, teacher_features)
+                    noisy, batch.timesteps, batch.encoder_hidden_states, teacher_features, known)
             else:
                 noise_pred = predict_noise(trainer.model, noisy, batch)
                 feature_loss = torch.zeros((), device=accelerator.device)
@@ -268,7 +280,8 @@ def main(s: Settings):
     teacher_scores = evaluator.teacher_scores(s.final_samples)
     if accelerator.is_main_process:
         finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, teacher_scores,
-               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution)
+               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution,
+               warning=warning)
 
 
 if __name__ == "__main__":

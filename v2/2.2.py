@@ -4,11 +4,12 @@
     python v2/2.2.py               # SD-1.5 and COCO 2017 at 64 px: a 65 M student
 
 The student starts as a slice of the teacher. Its loss on a noisy latent x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise is
-    alpha MSE(student(x_t), teacher(x_t)) + (1 - alpha) MSE(student(x_t), noise),
-alpha falling linearly from 1 to 0.5 over training, while captions are dropped more and more often (with a store of K
-draws, in K steps), which teaches the unconditional half of classifier-free guidance. Latents and caption embeddings (as
-many as `--cache-gb` holds) are computed once, before training, and so are the teacher's predictions, for `--store` K fixed
-draws of every picture: its U-Net does not run in training.
+    alpha MSE(student(x_t), target) + (1 - alpha) MSE(student(x_t), noise),
+alpha falling linearly from 1 to 0.5 over training. The target is the teacher's prediction as far as the teacher, at this
+noise level and resolution, knows more than a blind guess, which is measured first, and for the rest the noise. Captions are
+dropped more and more often (with a store of K draws, in K steps), which teaches the unconditional half of classifier-free
+guidance. Latents and caption embeddings (as many as `--cache-gb` holds) are computed once, before training, and so are the
+teacher's predictions, for `--store` K fixed draws of every picture: its U-Net does not run in training.
 """
 
 import sys
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions
 from common.files import from_root, make_folder
+from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import finish, summary
@@ -62,6 +64,7 @@ class Settings:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
     alpha_start: float = 1.0  # weight of the KD term at the first step
     alpha_end: float = 0.5  # and at the last one, linear in between
+    weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
     dropout_end: float = 0.2  # and at the last one, linear in between (with --store K it rises in K equal jumps)
     store: int = 4  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
@@ -135,6 +138,13 @@ def main(s: Settings):
                           max_broken=s.max_broken, rank=accelerator.process_index, processes=accelerator.num_processes)
     accelerator.print(summary(student, teacher, pairs, evaluator))
 
+    fitness = measure_fitness(teacher, evaluator)
+    effect = "the KD counts less there" if s.weigh_teacher else "the KD pulls the student to what is wrong"
+    accelerator.print(fitness.describe(s.resolution, effect))
+    if not run.begun:
+        run.log(step=0, **fitness._asdict())
+    knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
+
     batches = pairs
     if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves
         rates = [linear(s.dropout_start, s.dropout_end, k + 0.5, s.store + 1) for k in range(s.store)]
@@ -164,7 +174,8 @@ def main(s: Settings):
                 with torch.no_grad():
                     teacher_pred = predict_noise(teacher.unet, noisy, batch)
             noise_pred = predict_noise(trainer.model, noisy, batch)
-        kd_loss = F.mse_loss(noise_pred, teacher_pred)
+        known = knowledge[batch.timesteps].view(-1, 1, 1, 1)
+        kd_loss = F.mse_loss(noise_pred, torch.lerp(batch.noise, teacher_pred, known))
         noise_loss = F.mse_loss(noise_pred, batch.noise)
         loss = alpha * kd_loss + (1 - alpha) * noise_loss
         lr = trainer.lr
@@ -184,7 +195,8 @@ def main(s: Settings):
     teacher_scores = evaluator.teacher_scores(s.final_samples)
     if accelerator.is_main_process:
         finish(run.folder, "V-2.2", trainer.ema_student, teacher, evaluation, teacher_scores,
-               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution)
+               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution,
+               warning=fitness.warning(s.resolution, effect))
 
 
 if __name__ == "__main__":

@@ -186,10 +186,8 @@ class ShardPairs:
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
         latents = encode_images(self.teacher.vae, pixels).float()  # (share, 4, h, w)
         encoder_hidden_states = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, captions).float()
-        if chain is None:
-            chain = torch.arange(self.teacher.noise_scheduler.config.num_train_timesteps)
         shape = (self.batch_size, *latents.shape[1:])
-        noise, timesteps = draw_noise(rng, shape, chain, mine, self.device)
+        noise, timesteps = draw_noise(rng, shape, chain, mine, self.teacher.noise_scheduler, self.device)
         return Batch(latents, encoder_hidden_states, noise, timesteps, dropout=dropout)
 
     def _open(self, share: int, skip: int):

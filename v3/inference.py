@@ -30,7 +30,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-SAMPLERS = {**sampling.SAMPLERS, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+sampling.SAMPLERS |= {"dpm++": (DPMSolverMultistepScheduler, {}), "euler": (EulerDiscreteScheduler, {})}
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Settings:
     negative: str = ""  # what not to draw
     out: str = "pictures"  # the folder of the PNGs
     grid: bool = False  # also one sheet of all, grid.png
-    sampler: Literal["ddim", "ddpm", "dpm++", "euler"] = "ddim"  # how to draw
+    sampler: Literal["ddim", "ddim-trailing", "ddpm", "dpm++", "euler"] = "ddim"  # how to draw
     steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     size_px: int = 0  # side of the images; 0: what the model was trained at
@@ -61,7 +61,7 @@ def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> S
     model = load_teacher(name, device, dtype, "the model")
     pipeline = StableDiffusionPipeline(
         vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
-        scheduler=SAMPLERS[sampler].from_config(model.noise_scheduler.config), safety_checker=None, feature_extractor=None,
+        scheduler=sampling.make_scheduler(sampler, model.noise_scheduler), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

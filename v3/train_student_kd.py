@@ -32,6 +32,7 @@ from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions
 from common.features import StudentWithFeatures, block_names
 from common.files import from_root, make_folder
+from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import finish, model_card, summary
@@ -72,6 +73,7 @@ class Settings:
     task_weight: float = 1.0  # of the error against the noise
     kd_weight: float = 1.0  # of the error against the teacher's prediction
     feature_weight: float = 0.1  # of the blocks' outputs; 0: none
+    weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
     store: int = 0  # fixed draws of each picture whose teacher predictions are cached (with --feature-weight 0); 0: none
     feature_blocks: tuple[str, ...] = ()  # whose outputs are matched; none given: all that have the teacher's size
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
@@ -177,6 +179,10 @@ def main(s: Settings):
         batches = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb,
                                 max_broken=s.max_broken, **place)
     accelerator.print(summary(student, teacher, batches, evaluator))
+    fitness = measure_fitness(teacher, evaluator)
+    effect = "KD and features count less there" if s.weigh_teacher else "KD and features teach what is wrong there"
+    accelerator.print(fitness.describe(s.resolution, effect))
+    knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
     empty = batches.empty
     if s.store:
         rates = [s.caption_dropout] * s.store
@@ -191,6 +197,8 @@ def main(s: Settings):
         innermost = f"down_blocks.{len(student.down_blocks) - 1}"
         matching = tuple(name for name in block_names(student) if s.size == "sd_small" or name != innermost)
         with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks or matching, F.mse_loss, empty)
+    if not run.begun:
+        run.log(step=0, **fitness._asdict())
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     require(not fsdp or s.optimizer == "adamw", "--optimizer adamw8bit does not work with FSDP")
     if s.gradient_checkpointing:
@@ -219,15 +227,16 @@ def main(s: Settings):
                     if teacher_pred is None:
                         with torch.no_grad():
                             teacher_pred = predict_noise(teacher.unet, noisy, batch)
+                    known = knowledge[batch.timesteps].view(-1, 1, 1, 1)
                     if with_features:
                         teacher_features = with_features.teacher_hooks.take()
                         noise_pred, feature_loss = trainer.model(
-                            noisy, batch.timesteps, batch.encoder_hidden_states, teacher_features)
+                            noisy, batch.timesteps, batch.encoder_hidden_states, teacher_features, known)
                     else:
                         noise_pred = predict_noise(trainer.model, noisy, batch)
                         feature_loss = noise_pred.new_zeros(())
                 task_loss = F.mse_loss(noise_pred, batch.noise)
-                kd_loss = F.mse_loss(noise_pred, teacher_pred)
+                kd_loss = F.mse_loss(noise_pred, torch.lerp(batch.noise, teacher_pred, known))
                 loss = s.task_weight * task_loss + s.kd_weight * kd_loss + s.feature_weight * feature_loss
                 trainer.step(loss)  # backward; after the last pass clip, AdamW, OneCycleLR, EMA
                 losses += torch.stack([task_loss, kd_loss, feature_loss]).detach() / s.accumulate
@@ -247,7 +256,8 @@ def main(s: Settings):
     teacher_scores = evaluator.teacher_scores(s.final_samples)
     if accelerator.is_main_process:
         finish(run.folder, "V-3", trainer.ema_student, teacher, evaluation, teacher_scores,
-               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution)
+               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution,
+               warning=fitness.warning(s.resolution, effect))
     accelerator.end_training()
     if s.push_to_hub and accelerator.is_main_process:
         with a_hub_error_is_one_line(s.push_to_hub, "; the student itself is saved"):

@@ -1,0 +1,100 @@
+"""What a teacher knows at the resolution at which it is asked, noise level by noise level, before anything learns from it.
+
+A teacher away from the resolution that it was trained at is none: Stable Diffusion 1.5 learned at 512 px. Its squared error
+on the noise, beside that of a guess that knows no picture, shows it in seconds.
+"""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common.cache import Batch, cache_key
+from common.files import full_disk_is_one_line, write_atomically
+from common.sampling import encode_captions, encode_images
+from common.trainer import predict_noise
+
+LEVELS = 8  # noise levels: the middles of as many equal parts of the schedule
+PICTURES = 64  # validation pictures, each asked about at every level
+UNFIT = 0.7  # of the yardstick: fit teachers of the embedded world reach 0.61 at their worst level (docs/results.md)
+
+
+class Fitness(NamedTuple):
+    timesteps: list[int]
+    error: list[float]  # the teacher's mean squared error on the noise at each timestep
+    yardstick: list[float]  # that of the best guess without a teacher
+
+    def knowledge(self, noise_scheduler, measured: bool = True) -> torch.Tensor:
+        """(timesteps,) of the whole schedule: 1 - error / yardstick within 0..1, linear between the measured ones; all ones
+        where what was measured is not to count."""
+        ratio = np.divide(self.error, self.yardstick) if measured else np.zeros(len(self.error))
+        every = np.arange(noise_scheduler.config.num_train_timesteps)
+        return torch.from_numpy(np.interp(every, self.timesteps, np.clip(1 - ratio, 0, 1))).float()
+
+    def unfit(self) -> list[int]:
+        """The timesteps at which the teacher is not clearly better than the yardstick."""
+        return [t for t, error, best in zip(self.timesteps, self.error, self.yardstick) if not error < UNFIT * best]
+
+    def table(self) -> str:
+        """Four lines: timestep, the teacher's error, the yardstick, their ratio."""
+        ratios = [error / best for error, best in zip(self.error, self.yardstick)]
+        rows = {"timestep": [f"{t}" for t in self.timesteps], "teacher's error": [f"{x:.3f}" for x in self.error],
+                "best blind guess": [f"{x:.3f}" for x in self.yardstick], "ratio": [f"{x:.2f}" for x in ratios]}
+        return "\n".join(name.ljust(18) + "".join(value.rjust(7) for value in values) for name, values in rows.items())
+
+    def warning(self, resolution: int, effect: str) -> str:
+        """One sentence for a teacher that does not know its job at `resolution` px, "" for one that does."""
+        if not self.unfit():
+            return ""
+        where = ", ".join(map(str, self.unfit()))
+        return (f"warning: at {resolution} px this teacher knows hardly more than a blind guess at timesteps {where}; "
+                f"{effect}. Adapt it first: python checkpoints/adapt_teacher.py --resolution {resolution}")
+
+    def describe(self, resolution: int, effect: str) -> str:
+        """The table, and the warning where one is due."""
+        return "\n".join(filter(None, [self.table(), self.warning(resolution, effect)]))
+
+
+def blind_error(alphas_cumprod: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """(levels,) mean squared error of the best guess of the noise that knows only the latents' means and variances.
+
+    For x_t = sqrt(a) x_0 + sqrt(1 - a) noise with independent Gaussians x_0 ~ N(m, s^2), (x_t, noise) are jointly Gaussian:
+    E[noise | x_t] = sqrt(1 - a) (x_t - sqrt(a) m) / (a s^2 + 1 - a), which misses by Var[noise | x_t] =
+    a s^2 / (a s^2 + 1 - a); for s = 1 that is a. `variance` (channels,) holds s^2; the channels' errors are averaged.
+    """
+    a = alphas_cumprod[:, None]  # (levels, 1)
+    signal = a * variance
+    return (signal / (signal + 1 - a)).mean(1)
+
+
+@torch.no_grad()
+def measure_fitness(teacher, evaluator) -> Fitness:
+    """The teacher's error on the first validation pictures of an `Evaluator` with their captions: computed once, kept in its
+    folder.
+
+    A generator of the CPU's draws the noise, so every device, process and resumed run sees the same.
+    """
+    dataset = evaluator.dataset
+    indices = evaluator.usable[:PICTURES]
+    key = cache_key("fitness", teacher, dataset.fingerprint(), LEVELS, len(indices))
+    path = evaluator.folder / f"teacher-fitness-{key}.json"
+    if path.is_file():
+        return Fitness(**json.loads(path.read_text("utf-8")))
+    alphas_cumprod = teacher.noise_scheduler.alphas_cumprod
+    width = len(alphas_cumprod) / LEVELS
+    timesteps = [int(width * (k + 0.5)) for k in range(LEVELS)]
+    captions = [dataset.captions[i][0] for i in indices]
+    latents = encode_images(teacher.vae, torch.stack([dataset[i] for i in indices])).float()  # (n, 4, h, w)
+    encoder_hidden_states = encode_captions(teacher.text_encoder, teacher.tokenizer, captions).float()
+    generator, errors = torch.Generator().manual_seed(0), []
+    for t in timesteps:
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        batch = Batch(latents, encoder_hidden_states, noise, torch.full((len(latents),), t, device=latents.device))
+        noisy = teacher.noise_scheduler.add_noise(latents, noise, batch.timesteps)
+        errors.append((predict_noise(teacher.unet, noisy, batch) - noise).square().mean())
+    variance = latents.var((0, 2, 3)).cpu()  # (4,)
+    fitness = Fitness(timesteps, torch.stack(errors).tolist(), blind_error(alphas_cumprod[timesteps], variance).tolist())
+    with full_disk_is_one_line(path.parent, "what is cached is kept"):
+        write_atomically(path, json.dumps(fitness._asdict()).encode())
+    return fitness
