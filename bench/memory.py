@@ -112,7 +112,7 @@ class Measurement:
             load_teacher=self.load_teacher, slice_unet=lambda teacher, config: UNet2DConditionModel(**config),
             Run=lambda *_: self.run(), CocoCaptions=mock.MagicMock(), Evaluator=lambda *_, **__: self.evaluator(),
             TrainingPairs=lambda *_, **__: self.pairs(), TeacherStore=lambda *_: self.pairs(stored=True),
-            measure_fitness=lambda *_: mock.Mock(knowledge=lambda scheduler, *_: torch.ones(len(scheduler.betas))),
+            measure_fitness=lambda *_: mock.Mock(_asdict=dict, knowledge=lambda of, *_: torch.ones(len(of.betas))),
             chain_timesteps=lambda _, length: range(1, length + 1),  # V-1 reads them once, before it trains
             make_folder=lambda folder, _: folder, summary=mock.Mock(), finish=mock.Mock(),
             # the teacher's adaptation
@@ -142,7 +142,7 @@ class Measurement:
                 tensors.append(torch.randn(shape))  # the teacher's predictions
             self.batch_bytes = sum(tensor.nbytes for tensor in tensors)
             return Batch(*tensors)
-        return SimpleNamespace(draw=draw, empty=torch.zeros(1, 77, 768), seconds=0.0)
+        return SimpleNamespace(draw=draw, describe=str, empty=torch.zeros(1, 77, 768), seconds=0.0)
 
     def run(self):
         run = mock.MagicMock(begun=False, evaluated=set(), begin=self.begin_training, log_step=self.after_step)

@@ -1,10 +1,11 @@
 """What students of the embedded world learn at a resolution away from their teacher's own, before and after it is adapted.
 
-    python bench/teacher.py --jobs 2     # three seeds: about an hour and a half on 2 cores; stopped, the same command goes on
+    python bench/teacher.py --jobs 2     # three seeds: two hours on 2 slow cores; stopped, the same command goes on
 
-Every version is trained from the teacher as it is, from one adapted by adapters of each of --ranks and from one adapted
-whole, with equal steps and seeds; V-2.1 also for as long as V-2.2 takes with its store, once beside the making of the store
-and once with the teacher's adaptation counted in as well. Writes table.md and sheet.png into --out.
+V-2.1 and V-2.2 are trained from the teacher as it is, from one adapted by adapters of each of --ranks and from one adapted
+whole, with equal steps and seeds; the other versions from the first and the one with the highest rank. V-2.1 also trains for
+as long as V-2.2 takes with its store: once beside the making of the store, and once, from the teacher as it is, with the
+adaptation counted in as well. Writes table.md and sheet.png into --out; `--table` does so with the runs that are done.
 """
 
 import os
@@ -13,24 +14,26 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from compare import METRICS, cell, is_done, seconds_of, write_sheet
+from compare import METRICS, cell, is_done, seconds_of, steps_begun_with, write_sheet
 
 from common.run import read_log
 from common.settings import parse, start
 
-BELIEVES_ALL = "V-2.2 that believes all"
+RAW = "the teacher as it is"
 VERSIONS = {  # name: script and options
     "V-1": ("v1/1.py", []),
     "V-2.1": ("v2/2.1.py", []),
     "V-2.2": ("v2/2.2.py", []),
-    BELIEVES_ALL: ("v2/2.2.py", ["--no-weigh-teacher"]),
+    "V-2.2 that believes all": ("v2/2.2.py", ["--no-weigh-teacher"]),
     "V-3": ("v3/train_student_kd.py", []),
 }
+FIRST = ("V-2.1", "V-2.2", "V-2.2 that believes all")
 SHOWN = (METRICS[1], METRICS[2], *METRICS[4:6])
 
 
@@ -43,90 +46,116 @@ class Settings:
     seeds: int = 3  # runs of each kind
     samples: int = 1_000  # pictures of the last evaluation
     jobs: int = 1  # runs at a time, each with its share of the cores and a .log of its own
+    table: bool = False  # train nothing, write the table of what is done
+
+
+@dataclass
+class Job:
+    """A student's training: the version, the kind of its teacher, the seed and the steps. `teacher` is its folder."""
+
+    version: str
+    kind: str
+    seed: int
+    steps: int
+    teacher: Path
+    out: Path
 
 
 def run(command: list, out: Path, s: Settings):
-    """A script of the repository's, from the beginning or going on."""
+    """A script of the repository's in the folder `out`, from the beginning or going on."""
     resume = ["--resume"] if (out / "settings.json").is_file() else []
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // s.jobs))}
-    print(*command, flush=True)
+    common = ["--mini", "--resolution", s.resolution, "--eval-every", 0, "--final-samples", s.samples]
+    print(out.name, flush=True)
     with open(f"{out}.log", "a") as log:
-        subprocess.run([sys.executable, *map(str, [*command, *resume])], check=True, cwd=ROOT, stdout=log, stderr=log,
+        subprocess.run([sys.executable, *map(str, [*command, *common, *resume])], check=True, cwd=ROOT, stdout=log, stderr=log,
                        env=os.environ | threads)
 
 
-def adapt(options: list, out: Path, seed: int, s: Settings):
-    if not out.is_dir():
-        run(["checkpoints/adapt_teacher.py", "--mini", "--resolution", s.resolution, "--out", out, "--seed", seed, "--steps",
-             s.steps, "--eval-every", 0, "--final-samples", s.samples, *options], Path(f"{out}-run"), s)
+def train(job: Job, how: list, lock: Lock, s: Settings):
+    """Adapt the student's teacher, `how` as the options say, unless that has been done, and train the student."""
+    with lock:
+        if not job.teacher.is_dir():
+            run(["checkpoints/adapt_teacher.py", "--out", job.teacher, "--seed", job.seed, "--steps", s.steps, *how],
+                Path(f"{job.teacher}-run"), s)
+    if not is_done(job.out, job.steps):
+        script, options = VERSIONS[job.version]
+        own = ["--teacher", job.teacher, "--out", job.out, "--seed", job.seed, "--steps", job.steps]
+        run([script, *own, *options], job.out, s)
 
 
-def train(version: str, teacher: Path, out: Path, seed: int, steps: int, s: Settings):
-    if not is_done(out, steps):
-        script, options = VERSIONS[version]
-        run([script, "--mini", "--resolution", s.resolution, "--teacher", teacher, "--out", out, "--seed", seed, "--steps",
-             steps, "--eval-every", 0, "--final-samples", s.samples, *options], out, s)
+def evaluation(out: Path) -> dict:
+    """A run's last."""
+    return [x for x in read_log(out) if "evaluation" in x][-1]["evaluation"]
 
 
 def row(name: str, outs: list[Path]) -> str:
     """Of the table: means and standard deviations over the seeds."""
-    last = [[x for x in read_log(out) if "evaluation" in x][-1] for out in outs]
-    cells = [cell([x["evaluation"][metric] for x in last]) for metric in SHOWN]
+    cells = [cell([evaluation(out)[metric] for out in outs]) for metric in SHOWN]
+    steps = max(x["step"] for x in read_log(outs[0]))
     seconds = [seconds_of(out) for out in outs]
-    return (f"| {name} | {mean(x['step'] for x in last):,.0f} | {cell([t for t, _ in seconds])} | "
-            f"{max(store for _, store in seconds):.0f} | " + " | ".join(cells) + " |")
+    return (f"| {name} | {len(outs)} | {steps:,} | {cell([t for t, _ in seconds])} | {max(t for _, t in seconds):.0f} | "
+            + " | ".join(cells) + " |")
 
 
-def distance(out: Path) -> float:
-    return [x for x in read_log(out) if "evaluation" in x][-1]["evaluation"][METRICS[1]]
+def write_table(jobs: list[Job], path: Path):
+    """Markdown: a row for each kind of run that is done, over the seeds; below, what tells one from another seed by seed."""
+    text = ["| | seeds | steps | seconds | store, s | " + " | ".join(SHOWN) + " |", "|---" * (5 + len(SHOWN)) + "|"]
+    done, teachers = {}, {}
+    for job in jobs:
+        if is_done(job.out, job.steps):
+            done.setdefault((job.kind, job.version, job.out.name.split(" seed")[0]), {})[job.seed] = job.out
+            if job.kind != RAW:
+                teachers.setdefault(job.kind, set()).add(Path(f"{job.teacher}-run"))
+    text += [row(f"teacher, {kind}", sorted(runs)) for kind, runs in teachers.items()]
+    text += [row(name, list(runs.values())) for (_, _, name), runs in sorted(done.items())]
+    plain = {kind: runs for (kind, version, name), runs in done.items() if name == f"V-2.1 of {kind}"}
+    for (kind, _, name), runs in sorted(done.items()):
+        shared = sorted(plain.get(kind, {}).keys() & runs.keys())
+        if shared and runs is not plain[kind]:
+            difference = [evaluation(plain[kind][k])[SHOWN[0]] - evaluation(runs[k])[SHOWN[0]] for k in shared]
+            text.append(f"\nV-2.1 of {kind} - {name}, seed by seed: {cell(difference)}")
+    path.write_text("\n".join(text) + "\n", "utf-8")
+    print("\n".join(text))
 
 
 def main(s: Settings):
-    out, seeds = ROOT / s.out, range(s.seeds)
+    out = ROOT / s.out
     out.mkdir(parents=True, exist_ok=True)
-    kinds = {f"rank {rank}": ["--rank", rank] for rank in s.ranks} | {"whole": ["--full", "--lr", "5e-4"]}
-    teachers = {"as it is": [ROOT / "checkpoints" / "mini-teacher"] * s.seeds}
-    teachers |= {kind: [out / f"teacher {kind} seed{k}" for k in seeds] for kind in kinds}
-    jobs = [(kinds[kind], teachers[kind][k], k) for k in seeds for kind in kinds]
-    with ThreadPoolExecutor(s.jobs) as pool:
-        list(pool.map(lambda job: adapt(*job, s), jobs))
+    best = f"rank {s.ranks[-1]}"
+    how = {RAW: []} | {f"rank {rank}": ["--rank", rank] for rank in s.ranks[::-1]} | {"whole": ["--full", "--lr", "5e-4"]}
 
-    best, students = f"rank {s.ranks[-1]}", {}
-    for version in VERSIONS:
-        for kind in ("as it is", best) if version == BELIEVES_ALL else teachers:
-            students[kind, version] = [out / f"{version} of {kind} seed{k}" for k in seeds]
-    jobs = [(version, teachers[kind][k], students[kind, version][k], k, s.steps) for k in seeds for kind, version in students]
-    with ThreadPoolExecutor(s.jobs) as pool:
-        list(pool.map(lambda job: train(*job, s), jobs))
+    def job(version: str, kind: str, seed: int, steps: int = s.steps, name: str = "") -> Job:
+        teacher = ROOT / "checkpoints" / "mini-teacher" if kind == RAW else out / f"teacher {kind} seed{seed}"
+        return Job(version, kind, seed, steps, teacher, out / f"{name or f'{version} of {kind}'} seed{seed}")
 
+    first = [job(version, kind, seed) for seed in range(s.seeds) for kind in (RAW, best) for version in FIRST]
+    others = [job(version, kind, 0) for kind in how if kind not in (RAW, best) for version in FIRST[:2]]
+    others += [job(version, kind, seed) for seed in range(s.seeds) for kind in (RAW, best) for version in VERSIONS]
+    others += [job(version, kind, seed) for seed in range(s.seeds) for kind in how for version in FIRST[:2]]
+    locks = {(kind, seed): Lock() for kind in how for seed in range(s.seeds)}
+
+    def train_all(jobs: list[Job]):
+        if not s.table:
+            with ThreadPoolExecutor(s.jobs) as pool:
+                list(pool.map(lambda job: train(job, how[job.kind], locks[job.kind, job.seed], s), jobs))
+
+    train_all(first)
     # as much time as V-2.2 of the best adapters takes: without the adaptation (the second student on) and with it
-    step = median(seconds_of(run)[0] for run in students[best, "V-2.1"]) / s.steps
-    store = median(seconds_of(run)[1] for run in students[best, "V-2.2"])
-    adaptation = median(seconds_of(Path(f"{run}-run"))[0] for run in teachers[best])
-    longer, jobs = {}, []
-    for what, kind, extra in (("store's", best, store), ("store's and adaptation's", "as it is", store + adaptation)):
-        key = f"V-2.1 of {kind}, with the {what} time more"
-        longer[key] = [out / f"{key} seed{k}" for k in seeds]
-        steps = round(s.steps + extra / step)
-        jobs += [("V-2.1", teachers[kind][k], longer[key][k], k, steps) for k in seeds]
-    with ThreadPoolExecutor(s.jobs) as pool:
-        list(pool.map(lambda job: train(*job, s), jobs))
-
-    text = ["| | steps | seconds | store, s | " + " | ".join(SHOWN) + " |", "|---" * (4 + len(SHOWN)) + "|"]
-    for kind, folders in teachers.items():
-        if kind != "as it is":
-            text.append(row(f"teacher, {kind}", [Path(f"{folder}-run") for folder in folders]))
-        text += [row(f"{version} of {kind}", runs) for (of, version), runs in students.items() if of == kind]
-    text += [row(name, runs) for name, runs in longer.items()]
-    for kind, version in students:
-        if version != "V-2.1":
-            difference = [distance(a) - distance(b) for a, b in zip(students[kind, "V-2.1"], students[kind, version])]
-            text.append(f"\nV-2.1 - {version}, of {kind}, seed by seed: {cell(difference)}")
-    (out / "table.md").write_text("\n".join(text) + "\n", "utf-8")
-    print("\n".join(text))
-    shown = {}
-    for version in ("V-2.1", "V-2.2"):
-        shown[f"{version} raw"], shown[version] = students["as it is", version], students[best, version]
+    step = median(seconds_of(job.out)[0] for job in first if job.version == "V-2.1") / s.steps
+    store = median(seconds_of(job.out)[1] for job in first if job.version == "V-2.2" and job.kind == best)
+    adaptation = median(seconds_of(Path(f"{job.teacher}-run"))[0] for job in first if job.kind == best)
+    longer = []
+    for kind, extra, what in ((best, store, "store's"), (RAW, store + adaptation, "store's and adaptation's")):
+        name = f"V-2.1 of {kind}, and the {what} time"
+        for seed in range(s.seeds):
+            again = steps_begun_with(out / f"{name} seed{seed}")
+            longer.append(job("V-2.1", kind, seed, again or round(s.steps + extra / step), name))
+    train_all(longer)
+    train_all(others)
+    unique = {job.out: job for job in first + longer + others}
+    write_table(list(unique.values()), out / "table.md")
+    shown = {f"{version}{' raw' * (kind == RAW)}": [job(version, kind, 0).out] for version in FIRST[:2] for kind in (RAW, best)}
     write_sheet(shown, out / "sheet.png")
 
 

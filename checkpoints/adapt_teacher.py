@@ -56,7 +56,7 @@ class Settings:
     # what is trained
     rank: int = 16  # of the low-rank adapters
     full: bool = False  # train every weight, in fp32: at SD-1.5's size that takes 17 GB and activations
-    gradient_checkpointing: bool = True  # compute activations twice rather than keep them
+    gradient_checkpointing: bool = False  # compute activations twice rather than keep them
     # training
     steps: int = 4_000  # optimizer steps
     batch_size: int = 64  # pictures a step
@@ -91,7 +91,7 @@ class Settings:
 
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=16,
-    out="checkpoints/mini-teacher-16px", rank=12, gradient_checkpointing=False, steps=400, lr=2e-3, ema_decay=0.99,
+    out="checkpoints/mini-teacher-16px", rank=12, steps=400, lr=2e-3, ema_decay=0.99,
     features="effnet-lite0", guidance=3.0, eval_every=200, eval_samples=100, final_samples=1_000, cache_gb=0.5, workers=0,
     save_every=100,
 )
@@ -135,8 +135,8 @@ def make_trainable(unet, rank: int, full: bool):
 
 def average_beside(unet) -> Adapted:
     """A second U-Net for the moving average, which shares the frozen weights."""
-    frozen = {id(p): p for p in unet.parameters() if not p.requires_grad}
-    return Adapted(copy.deepcopy(unet, frozen))
+    copies = {id(p): torch.nn.Parameter(p.detach().clone()) if p.requires_grad else p for p in unet.parameters()}
+    return Adapted(copy.deepcopy(unet, copies))
 
 
 def merge(name: str, rank: int, full: bool, trained: Adapted):
@@ -167,7 +167,6 @@ def main(s: Settings):
     out = Path(s.out)
     run = Run(f"{s.out}-run", s, s.resume, accelerator)
     require(s.resume or not out.exists(), f"{out} is there already; choose another --out, or remove it")
-    torch.manual_seed(s.seed)
 
     # data and teacher
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
@@ -199,6 +198,7 @@ def main(s: Settings):
         evaluator.teacher_images(s.eval_samples)
     scores_before = evaluator.teacher_scores(s.final_samples)
 
+    torch.manual_seed(s.seed)  # of the adapters' start, whatever was cached before
     make_trainable(teacher.unet, s.rank, s.full)
     if not s.full:  # beside frozen weights in channels_last torch 2.13's backward pass of an adapter crashes on CPUs
         teacher.unet.to(memory_format=torch.contiguous_format)
@@ -232,22 +232,21 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    teacher.unet = None
-    unet = merge(name, s.rank, s.full, average).to(accelerator.device)
-    unet.register_to_config(sample_size=side)  # what the pipeline draws by itself
-    after = dataclasses.replace(teacher, name=s.out, unet=unet, fingerprints={})
     with trainer.autocast():
-        evaluation = evaluator.evaluate(unet, s.final_samples)
-        fitness = measure_fitness(after, evaluator)
+        evaluation = evaluator.evaluate(average.unet, s.final_samples)
+        fitness = measure_fitness(dataclasses.replace(teacher, unet=average.unet, fingerprints={}), evaluator)
+    evaluation.scores["parameters"] = teacher.parameters  # once the adapters are merged
     run.record(s.steps, evaluation)
     run.log(step=s.steps, **fitness._asdict())
     if accelerator.is_main_process:
+        unet = merge(name, s.rank, s.full, average)
+        unet.register_to_config(sample_size=side)  # what the pipeline draws by itself
         how = evaluator.how(len(evaluation.images))
         title = f"{Path(s.teacher).name}, adapted to {s.resolution} px"
         card = model_card(title, teacher.name, data, s.val_split, s.resolution, evaluation.scores, scores_before, how,
                           kind="teacher", tag=f"adapted-to-{s.resolution}px")
         save_student(unet.half() if s.half else unet, teacher, out, card)
-        reader = teacher.folder() / "category_reader.safetensors"  # the embedded world's
+        reader = Path(name) / "category_reader.safetensors"  # the embedded world's
         if reader.is_file():
             shutil.copy(reader, out)
         print(f"\nThe adapted teacher lies in {out}, samples and curves in {run.folder}. {how}:\n")

@@ -195,9 +195,9 @@ class Evaluator:
 
     # --- drawing and scoring ---
 
-    def how(self, count: int) -> str:
-        """How images are drawn, in words."""
-        sampling = self.sampling
+    def how(self, count: int, **other) -> str:
+        """How images are drawn, in words; `other` options replace the usual ones."""
+        sampling = self.sampling | other
         return (f"{count:,} samples, {sampling['steps']} {sampling['sampler'].upper()} steps, "
                 f"guidance {sampling['guidance']:g}")
 
@@ -210,23 +210,25 @@ class Evaluator:
             found = sorted(gather_object(found), key=lambda pair: pair[0])
         return [value for _, value in found]
 
-    def _draw(self, unet, captions: list[str], progress: str) -> tuple[torch.Tensor, float]:
+    def _draw(self, unet, captions: list[str], progress: str, **other) -> tuple[torch.Tensor, float]:
         """What `sample` gives for all captions: images, seconds an image."""
-        batch, seed = self.sampling["batch"], self.sampling["seed"]
+        options = self.sampling | other
+        batch, seed = options["batch"], options["seed"]
 
         def one_batch(i):
             part = captions[i * batch : (i + 1) * batch]
-            return sample(unet, self.teacher, part, **self.sampling | {"seed": seed + i})
+            return sample(unet, self.teacher, part, **options | {"seed": seed + i})
 
         drawn = self._together(-(-len(captions) // batch), one_batch, progress)
         seconds = sum(seconds * len(images) for images, seconds in drawn)
         return torch.cat([images for images, _ in drawn]), seconds / len(captions)
 
-    def evaluate(self, unet, count: int) -> Evaluation:
-        """Draw with a student for the first `count` captions and score what comes."""
+    def evaluate(self, unet, count: int, **other) -> Evaluation:
+        """Draw with a student for the first `count` captions and score what comes. `other` options of `sample` replace the
+        usual ones, with which the teacher's images were drawn."""
         wanted = self.teacher_images(count)
         captions = self.captions[: len(wanted)]
-        drawn, seconds = self._draw(unet, captions, "student's images")
+        drawn, seconds = self._draw(unet, captions, "student's images", **other)
         parameters = sum(p.numel() for p in unet.parameters())
         scores = {"parameters": parameters, **self.score(drawn, wanted), "seconds an image": seconds}
         return Evaluation(drawn, wanted, captions, scores)

@@ -89,22 +89,24 @@ def summary(student, teacher, *sources) -> str:
     return "\n".join(lines + [source.describe() for source in sources])
 
 
-def save_student(unet, teacher, folder: Path, card: ModelCard):
-    """Write the student as a stock pipeline folder: its U-Net in fp32, the teacher's other files bit for bit, the card.
+def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None):
+    """Write the student as a stock pipeline folder: its U-Net in fp32, the teacher's other files bit for bit, the card, and
+    the `scheduler` that it is drawn with, if that is not the teacher's.
 
     Raises SystemExit where the teacher's files are no longer there.
     """
     from diffusers import StableDiffusionPipeline
 
+    scheduler = scheduler or teacher.noise_scheduler
     source, partial = teacher.folder(), folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with full_disk_is_one_line(folder.parent, "with --resume; the trained weights are kept", remove=partial):
         StableDiffusionPipeline(
             vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet,
-            scheduler=teacher.noise_scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_config(partial)
         unet.save_pretrained(partial / "unet")
-        teacher.noise_scheduler.save_pretrained(partial / "scheduler")
+        scheduler.save_pretrained(partial / "scheduler")
         for part in ("vae", "text_encoder", "tokenizer"):
             require((source / part).is_dir(), f"the teacher's {source / part} is gone; put it back and go on with --resume")
             copy_weights(source / part, partial / part)
@@ -114,12 +116,14 @@ def save_student(unet, teacher, folder: Path, card: ModelCard):
 
 
 def finish(folder: Path, title: str, student, teacher, evaluation, teacher_scores: dict, *, how: str, data: Path,
-           val_split: str, resolution: int, warning: str = ""):
-    """Save the student in `<folder>/student` and print the closing table, and the `warning` once more."""
+           val_split: str, resolution: int, warning: str = "", scheduler=None, inference: dict | None = None):
+    """Save the student in `<folder>/student` and print the closing table, and the `warning` once more. A student that is
+    drawn with another `scheduler` than the teacher's, or by other parameters of the pipeline, says so."""
     scores = evaluation.scores
     title = f"{title}: {scores['parameters'] / 1e6:.2f} M student"
-    card = model_card(title, teacher.name, data, val_split, resolution, scores, teacher_scores, how, warning)
-    save_student(student, teacher, folder / "student", card)
+    card = model_card(title, teacher.name, data, val_split, resolution, scores, teacher_scores, how, warning,
+                      inference=inference)
+    save_student(student, teacher, folder / "student", card, scheduler)
     print(f"\nThe student lies in {folder / 'student'}, samples and curves beside it. {how}:\n")
     print(table({"teacher": teacher_scores, "student": scores}))
     if warning:
@@ -147,10 +151,23 @@ def licence_of(name: str) -> str | None:
         return None
 
 
+def drawn_with(name: str) -> dict:
+    """The options of `common.sampling.sample` that the card of a saved student names: {} for one that needs none of its own."""
+    readme = Path(name) / "README.md"
+    if not readme.is_file():
+        return {}
+    said = ModelCard.load(readme).data.to_dict().get("inference")
+    if not said:
+        return {}
+    parameters = said["parameters"]
+    return {"sampler": "ddim-trailing", "steps": parameters["num_inference_steps"], "guidance": parameters["guidance_scale"]}
+
+
 def model_card(title: str, teacher_name: str, data: str, val_split: str, resolution: int, scores: dict,
-               teacher_scores: dict, how: str, warning: str = "", kind: str = "student", tag: str = "") -> ModelCard:
+               teacher_scores: dict, how: str, warning: str = "", kind: str = "student", tag: str = "",
+               inference: dict | None = None) -> ModelCard:
     """The README.md of a saved student (or other `kind` of model), with the metadata block that the Hugging Face hub reads:
-    only what is known, and a `tag` of its own."""
+    only what is known, and a `tag` of its own. `inference`: the pipeline's parameters that it should be drawn with."""
     on_hub = not Path(teacher_name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher_name)
     teacher, data, licence = Path(teacher_name).name, Path(data).name, licence_of(teacher_name)
     numbers = {name: round(value, 5) for name, value in scores.items()
@@ -159,10 +176,15 @@ def model_card(title: str, teacher_name: str, data: str, val_split: str, resolut
                           metric_type=name, metric_name=name, metric_value=value) for name, value in numbers.items()]
     metadata = ModelCardData(
         model_name=title, library_name="diffusers", pipeline_tag="text-to-image", license=licence,
-        base_model=teacher_name if on_hub else None, tags=["stable-diffusion", tag or "distillation"], eval_results=results)
+        base_model=teacher_name if on_hub else None, tags=["stable-diffusion", tag or "distillation"], eval_results=results,
+        **({"inference": {"parameters": inference}} if inference else {}))
     lines = [f"| {name} | {teacher_scores.get(name, '-')} | {value} |" for name, value in scores.items()]
     said = (f"The weights derive from {teacher}'s and keep its licence, {licence}." if licence else
             f"The weights derive from {teacher}'s; its licence, which its card does not name, holds for them too.")
+    call = ""
+    if inference:
+        arguments = ", ".join(f"{name}={value}" for name, value in inference.items())
+        call = f"    image = pipeline(prompt, {arguments}).images[0]\n"
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---
@@ -172,7 +194,7 @@ A {kind} of {scores['parameters'] / 1e6:.2f} M U-Net parameters, made from `{tea
 
     from diffusers import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline.from_pretrained("this folder", safety_checker=None)
-
+{call}
 Measured with {how}:
 
 | | teacher | {kind} |

@@ -93,16 +93,25 @@ def test_the_defaults_fit_a_6_gb_card_with_a_margin(monkeypatch, path, parameter
 
 
 @pytest.mark.slow
-def test_a_run_at_the_true_size(tmp_path):
+def test_adapting_the_teacher_fits_a_6_gb_card(monkeypatch):
+    row = script("bench/memory.py").measure("checkpoints/adapt_teacher.py", script("bench/memory.py").Settings())
+    assert max(row["peak in training"], row["in evaluation"]) < 5 and row["student's states"] < 0.5
+
+
+@pytest.mark.slow
+def test_a_teacher_is_adapted_and_distilled_at_the_true_size(tmp_path):
     """SD-1.5's and COCO's sizes and layouts, Inception's and AlexNet's too, random weights: as a user would type it."""
     from safetensors import safe_open
 
     stand_in.main(stand_in.Settings(out=str(tmp_path / "stand-in"), train=8, val=2))
-    done = run_apart(
-        "v2/2.2.py", "--teacher", tmp_path / "stand-in" / "sd15", "--data", tmp_path / "stand-in" / "coco2017", "--device",
-        "cpu", "--steps", "2", "--batch-size", "2", "--eval-every", "0", "--final-samples", "2", "--sample-steps", "2",
-        "--cache-folder", tmp_path / "cache", "--out", tmp_path / "run",
-        env=os.environ | {"TORCH_HOME": str(tmp_path / "stand-in" / "torch")})
+    short = ["--data", tmp_path / "stand-in" / "coco2017", "--device", "cpu", "--steps", "2", "--batch-size", "2",
+             "--eval-every", "0", "--final-samples", "2", "--sample-steps", "2", "--cache-folder", tmp_path / "cache"]
+    home = os.environ | {"TORCH_HOME": str(tmp_path / "stand-in" / "torch")}
+    done = run_apart("checkpoints/adapt_teacher.py", "--teacher", tmp_path / "stand-in" / "sd15", "--half", "--out",
+                     tmp_path / "sd15-64px", *short, env=home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1.5% of the teacher's U-Net" in done.stdout
+    done = run_apart("v2/2.2.py", "--teacher", tmp_path / "sd15-64px", "--out", tmp_path / "run", *short, env=home)
     assert done.returncode == 0, done.stderr[-2000:]
     logged = lines(tmp_path / "run")
     (train,) = [x for x in logged if "loss" in x]

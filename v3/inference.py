@@ -19,7 +19,7 @@ import torch
 
 from common import sampling
 from common.files import from_root, full_disk_is_one_line, make_folder, read_text
-from common.report import save_sheet
+from common.report import drawn_with, save_sheet
 from common.settings import parse, require, start
 from common.teacher import load_teacher
 from common.trainer import pick_dtype, start_accelerator
@@ -42,9 +42,9 @@ class Settings:
     negative: str = ""  # what not to draw
     out: str = "pictures"  # the folder of the PNGs
     grid: bool = False  # also one sheet of all, grid.png
-    sampler: Literal["ddim", "ddim-trailing", "ddpm", "dpm++", "euler"] = "ddim"  # how to draw
-    steps: int = 25  # of the sampler
-    guidance: float = 5.0  # classifier-free guidance scale
+    sampler: Literal["auto", "ddim", "ddim-trailing", "ddpm", "dpm++", "euler"] = "auto"  # auto: the card's, or else ddim
+    steps: int = 0  # of the sampler; 0: those that the model's card names, or else 25
+    guidance: float = 0.0  # classifier-free guidance scale; 0: that of the model's card, or else 5
     size_px: int = 0  # side of the images; 0: what the model was trained at
     seed: int = 0  # of the first image
     batch: int = 8  # images at a time
@@ -53,11 +53,15 @@ class Settings:
     compile: bool = False  # torch.compile the U-Net: worth it for many images
 
 
+def place_of(name: str) -> str:
+    """Where a model lies: in a run's folder the student."""
+    name = from_root(name)
+    student = Path(name) / "student"
+    return str(student) if (student / "model_index.json").is_file() else name
+
+
 def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
     """Raises SystemExit with one line where `name` cannot be loaded, or not all of it."""
-    name = from_root(name)
-    if (Path(name) / "student" / "model_index.json").is_file():  # a run's folder
-        name = str(Path(name) / "student")
     model = load_teacher(name, device, dtype, "the model")
     pipeline = StableDiffusionPipeline(
         vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
@@ -67,7 +71,7 @@ def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> S
     return pipeline
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: list[str], size_px: int, title: str,
+def draw(pipeline: StableDiffusionPipeline, prompts: list[str], size_px: int, title: str, how: dict,
          s: Settings) -> tuple[list[Image.Image], float]:
     """One image a prompt, and seconds an image."""
     images, began = [], time.perf_counter()
@@ -75,7 +79,7 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], size_px: int, ti
         part = prompts[i : i + s.batch]
         generators = [torch.Generator().manual_seed(s.seed + i + k) for k in range(len(part))]
         images += pipeline(
-            part, negative_prompt=[s.negative] * len(part), num_inference_steps=s.steps, guidance_scale=s.guidance,
+            part, negative_prompt=[s.negative] * len(part), num_inference_steps=how["steps"], guidance_scale=how["guidance"],
             height=size_px, width=size_px, generator=generators).images
     return images, (time.perf_counter() - began) / len(prompts)
 
@@ -101,13 +105,17 @@ def main(s: Settings):
     out = make_folder(Path(s.out), "--out")
     rows, size_px = [], s.size_px
     for name in (s.model, s.compare) if s.compare else (s.model,):
-        pipeline = load(name, s.sampler, device, dtype)
+        place = place_of(name)
+        how = {"sampler": "ddim", "steps": 25, "guidance": 5.0} | drawn_with(place)
+        how |= {option: value for option in how if (value := getattr(s, option)) not in ("auto", 0)}
+        pipeline = load(place, how["sampler"], device, dtype)
         if s.compile:
             pipeline.unet.compile()
         size_px = size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor  # --compare's too
-        images, seconds = draw(pipeline, prompts, size_px, Path(name).name, s)
+        images, seconds = draw(pipeline, prompts, size_px, Path(name).name, how, s)
         rows.append(images)
-        print(f"{name}: {seconds:.3f} s an image on {device.type}, batches of {min(s.batch, len(prompts))}")
+        print(f"{name}: {seconds:.3f} s an image on {device.type}, batches of {min(s.batch, len(prompts))}; "
+              f"{how['steps']} {how['sampler']} steps, guidance {how['guidance']:g}")
     with full_disk_is_one_line(out, "what was drawn is kept"):
         for i, images in enumerate(zip(*rows)):
             side_by_side(images).save(out / f"{i:05d}.png")
@@ -119,4 +127,4 @@ def main(s: Settings):
 
 
 if __name__ == "__main__":
-    start(main, parse(Settings, __doc__, limits={"steps": (1, None)}))
+    start(main, parse(Settings, __doc__, limits={"steps": (0, None)}))

@@ -1,0 +1,168 @@
+"""V-4: the teacher's trajectories, what the student is trained to, and the pipeline that comes out."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TEACHER, lines, refusal, run, script
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from common.cache import Batch
+from common.coco import CocoCaptions
+from common.sampling import sample
+from common.slicing import slice_unet
+from common.teacher import load_unet
+from common.trainer import predict_noise
+
+v4 = script("v4/4.py")
+CAPTIONS = ["a cat", "a dog on the grass", "a pizza", "two cars", "a boat on the sea"]
+
+
+def trajectories_of(teacher, folder, batch_size=4, **more):
+    options = dict(passes=2, teacher_steps=4, guidance=3.0, side=8, batch_size=batch_size, seed=0, device=torch.device("cpu"))
+    return v4.Trajectories(teacher, CAPTIONS, folder, **options | more)
+
+
+def command(small_set, cache, out, *more) -> list[str]:
+    return ["v4/4.py", "--mini", "--data", str(small_set), "--teacher", str(TEACHER), "--trajectories", "12",
+            "--teacher-steps", "4", "--passes", "2", "--also-passes", "1", "--steps", "6", "--batch-size", "4",
+            "--eval-every", "4", "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "2", "--save-every", "2",
+            "--log-every", "1", "--cache-folder", str(cache), "--out", str(out), *more]
+
+
+def test_trajectories_are_the_pipelines_own_guided_path(teacher, tmp_path):
+    """Against StableDiffusionPipeline with diffusers' DDIMScheduler, state by state."""
+    found = trajectories_of(teacher, tmp_path)
+    scheduler = DDIMScheduler.from_config(teacher.noise_scheduler.config, timestep_spacing="trailing")
+    pipeline = StableDiffusionPipeline(
+        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, path = torch.from_numpy(np.stack([v4.noise_of(i, (4, 8, 8)) for i in range(5)])), []
+
+    def note(_, step, t, values):
+        path.append(values["latents"].clone())
+        return values
+
+    pipeline(CAPTIONS, num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="latent",
+             callback_on_step_end=note)
+    want = torch.stack([noise, path[1], path[3]], 1)
+    torch.testing.assert_close(torch.from_numpy(found.states[:]).float(), want, rtol=2e-3, atol=4e-3)  # kept in fp16
+    assert found.timesteps.tolist() == [999, 499]
+    unet, teacher.unet = teacher.unet, None
+    try:
+        assert np.array_equal(trajectories_of(teacher, tmp_path).states, found.states)  # the cache's
+    finally:
+        teacher.unet = unet
+
+
+def test_landing_is_the_samplers_step(teacher, tmp_path):
+    found = trajectories_of(teacher, tmp_path)
+    z, noise_pred = torch.randn(2, 2, 4, 8, 8)
+    landed = found.land(z, noise_pred, torch.tensor([0, 1]))
+    for k, t in enumerate(found.timesteps):
+        want = found.scheduler.step(noise_pred[k : k + 1], t, z[k : k + 1]).prev_sample
+        torch.testing.assert_close(landed[k : k + 1], want, rtol=1e-4, atol=1e-5)
+    # an error of 1 in every prediction is a loss of 1, on the mean of the segments
+    missed = found.land(z, noise_pred + 1, torch.tensor([0, 1])) - landed
+    torch.testing.assert_close(missed.square().mean() / found.unit, torch.tensor(1.0))
+
+
+def test_a_teacher_of_as_many_steps_is_its_own_student(teacher, tmp_path):
+    """With guidance 1 and as many steps as passes the teacher's slice, whole, has no loss."""
+    found = trajectories_of(teacher, tmp_path, teacher_steps=2, guidance=1.0)
+    student = slice_unet(teacher.unet, dict(teacher.unet.config)).eval()
+    rows, segments, states = found.draw(3)
+    z, wanted = found.state(rows, segments), found.state(rows, segments + 1)
+    with torch.no_grad():
+        noise_pred = predict_noise(student, z, Batch(z, states, z, found.timesteps[segments]))
+    assert (found.land(z, noise_pred, segments) - wanted).abs().max() < 0.02
+
+
+def test_draws_depend_on_seed_and_step_alone_and_are_shared(teacher, tmp_path):
+    whole = trajectories_of(teacher, tmp_path)
+    halves = [trajectories_of(teacher, tmp_path, rank=rank, processes=2) for rank in range(2)]
+    for step in (0, 5):
+        rows, segments, states = whole.draw(step)
+        again = trajectories_of(teacher, tmp_path).draw(step)
+        assert np.array_equal(rows, again[0]) and torch.equal(segments, again[1])
+        parts = list(zip(*(half.draw(step) for half in halves)))
+        assert np.array_equal(np.concatenate(parts[0]), rows) and torch.equal(torch.cat(parts[1]), segments)
+        assert torch.equal(torch.cat(parts[2]), states) and len(set(rows)) == 4
+    assert not np.array_equal(whole.draw(0)[0], whole.draw(1)[0])
+
+
+def test_captions_are_distinct_and_the_same_every_time(small_set):
+    dataset = CocoCaptions(small_set, "train", 32)
+    some = v4.some_captions(dataset, 20)
+    assert len(set(some)) == 20 and some == v4.some_captions(dataset, 20) and some == v4.some_captions(dataset, 50)[:20]
+    assert set(some) <= {caption for captions in dataset.captions for caption in captions}
+
+
+@pytest.fixture(scope="module")
+def finished(small_set, cache, tmp_path_factory):
+    """(its folder, what it printed) of a short run."""
+    out = tmp_path_factory.mktemp("v4") / "run"
+    done = run(*command(small_set, cache, out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out, done.stdout
+
+
+def test_the_stock_pipeline_draws_what_the_evaluation_draws(finished, teacher):
+    """With nothing but what the card says: steps and guidance; the scheduler is the folder's."""
+    out, printed = finished
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "student", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    card = (out / "student" / "README.md").read_text("utf-8")
+    assert "pipeline(prompt, num_inference_steps=2, guidance_scale=1.0)" in card
+    want = pipeline(CAPTIONS, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(7),
+                    output_type="np").images
+    unet = load_unet(str(out / "student"))
+    found, _ = sample(unet, teacher, CAPTIONS, sampler="ddim-trailing", steps=2, guidance=1.0, seed=7, size_px=32, batch=5)
+    want = torch.from_numpy(want).permute(0, 3, 1, 2) * 255
+    assert (found - want).abs().max() <= 1.01
+    assert "student, 1 passes" in printed and "student, 2 passes" in printed and "teacher, 4 passes" in printed
+
+
+def test_it_learns_and_resumes_bit_for_bit(finished, small_set, cache, tmp_path):
+    from safetensors.torch import load_file
+
+    out, _ = finished
+    assert [x["step"] for x in lines(out) if "loss" in x] == [1, 2, 3, 4, 5, 6]
+    assert [x["step"] for x in lines(out) if "evaluation" in x] == [4, 6]
+    weights = "student/unet/diffusion_pytorch_model.safetensors"
+    want = load_file(out / weights)
+    for file in (out / "checkpoint-00000006").iterdir():
+        file.unlink()
+    done = run(*command(small_set, cache, out, "--resume"))
+    assert done.returncode == 0 and "going on at step 4" in done.stdout, done.stderr[-2000:]
+    found = load_file(out / weights)
+    assert all(torch.equal(want[name], found[name]) for name in want)
+
+
+def test_it_goes_on_from_another_student(finished, small_set, cache, tmp_path):
+    done = run(*command(small_set, cache, tmp_path / "more", "--start", finished[0]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "more" / "student" / "model_index.json").is_file()
+
+
+def test_mistakes_get_one_line(small_set, cache, tmp_path):
+    assert "multiple of --passes" in refusal(*command(small_set, cache, tmp_path / "a", "--passes", "3"))
+    assert "no diffusers pipeline folder" in refusal(*command(small_set, cache, tmp_path / "b", "--start", str(ROOT / "docs")))
+    assert "more than the 12 captions" in refusal(*command(small_set, cache, tmp_path / "c", "--batch-size", "40"))
+
+
+def test_other_commands_know_its_steps_from_the_folder(finished, small_set, cache, tmp_path):
+    out, _ = finished
+    done = run("v3/inference.py", "--model", out, "--prompt", "a cat", "--device", "cpu", "--out", tmp_path)
+    assert done.returncode == 0 and "2 ddim-trailing steps, guidance 1" in done.stdout, done.stderr[-2000:]
+    done = run("v3/inference.py", "--model", out, "--prompt", "a cat", "--steps", "3", "--device", "cpu", "--out", tmp_path)
+    assert "3 ddim-trailing steps, guidance 1" in done.stdout
+    done = run("v3/inference.py", "--model", TEACHER, "--prompt", "a cat", "--steps", "2", "--device", "cpu", "--out", tmp_path)
+    assert "2 ddim steps, guidance 5" in done.stdout
+    done = run("common/evaluate.py", "--mini", "--data", small_set, "--model", out, "--samples", "8", "--sample-steps", "2",
+               "--no-bounds", "--cache-folder", cache)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "student: 8 samples, 2 DDIM-TRAILING steps, guidance 1" in done.stdout
+    assert "teacher: 8 samples, 2 DDPM steps, guidance 3" in done.stdout
+    scores = lines(out)[-1]["evaluation"]["FD(effnet-lite0) to reconstructions"]
+    assert f"{scores:.4g}" in done.stdout  # the run's own last figure

@@ -1,0 +1,281 @@
+"""V-4: distil a student that draws a picture in four passes instead of fifty.
+
+    python v4/4.py --mini                                     # the embedded world: offline, on a laptop CPU
+    python v4/4.py --start checkpoints/v2.2                   # SD-1.5 at 64 px, going on from a V-2.2 student
+
+The teacher draws `--trajectories` training captions once, from pure noise, by DDIM with classifier-free guidance, and of each
+path the states at the timesteps that a sampler of `--passes` steps visits are kept. The student learns to go from one kept
+state to the next by one DDIM step of its own (arXiv 2010.02502, eq. 12; a and a' are the two cumulative alphas):
+    step(z, eps) = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps,   loss = |step(z_k, eps(z_k)) - z_k+1|^2 / u,
+where u is what a unit error of eps misses by, squared, on the mean of the steps.
+So it takes over the guidance (arXiv 2210.03142), needs one pass a step, and is trained at no other timestep; no pictures are
+needed, only captions.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.cache import Batch, cache_key, cached_array, share_of, upload
+from common.coco import CocoCaptions
+from common.files import from_root, make_folder
+from common.fitness import measure_fitness
+from common.metrics import Evaluator
+from common.mini import caption_scores
+from common.report import finish, summary, table
+from common.run import Run
+from common.sampling import encode_captions, make_scheduler
+from common.settings import parse, require, start
+from common.slicing import slice_unet, student_config
+from common.teacher import load_teacher, load_unet
+from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from data.draw_mini import draw_mini
+
+
+@dataclass
+class Settings:
+    mini: bool = False  # the embedded world: the teacher in checkpoints/mini-teacher and drawn scenes, all offline
+    teacher: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # a pipeline folder or a hub id
+    data: str = "data/coco2017"  # a folder in COCO's format
+    train_split: str = "train2017"  # <data>/<split>/ and annotations/captions_<split>.json
+    val_split: str = "val2017"  # the split that evaluation takes its captions and pictures from
+    resolution: int = 64  # pixels a side
+    out: str = "checkpoints/v4"  # the run's folder
+    resume: bool = False  # go on with the run in --out
+    # the student
+    start: str = ""  # a student's folder or run to go on from; empty: the teacher's slice
+    channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (SD-1.5's are 320,640,1280,1280)
+    layers: int = 2  # resnets in a down block
+    mid_block: bool = False  # keep the block below the innermost level
+    groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
+    # the teacher's trajectories
+    passes: int = 4  # steps that the student draws in
+    teacher_steps: int = 16  # DDIM steps of the teacher's, a multiple of --passes
+    trajectories: int = 40_000  # captions that it draws
+    learned_guidance: float = 5.0  # the guidance scale at which it draws them
+    # training
+    steps: int = 20_000  # optimizer steps
+    batch_size: int = 64  # states a step
+    lr: float = 2e-4  # OneCycleLR's highest learning rate
+    warmup: float = 0.05  # share of the steps in which it rises
+    weight_decay: float = 0.01  # AdamW's
+    max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
+    ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
+    # evaluation
+    features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
+    also_passes: tuple[int, ...] = (1, 2, 8)  # numbers of steps that the closing table shows beside --passes
+    sampler: Literal["ddpm", "ddim", "ddim-trailing"] = "ddpm"  # the teacher's
+    sample_steps: int = 25  # of its sampler
+    guidance: float = 5.0  # its classifier-free guidance scale
+    eval_every: int = 5_000  # steps between small evaluations; 0: none
+    eval_samples: int = 500  # pictures of a small evaluation
+    final_samples: int = 5_000  # pictures of the last one
+    eval_batch: int = 100  # pictures sampled at a time
+    # machine
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen parts and of autocast around the student
+    cache_folder: str = "data/cache"  # where trajectories and the evaluations' frozen side are kept: it serves all runs
+    workers: int = 2  # processes that decode pictures for the evaluation; 0: this one
+    max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
+    max_bad_steps: int = 20  # steps in a row without finite gradients that end the run
+    save_every: int = 500  # steps between checkpoints
+    log_every: int = 20  # steps between lines of metrics.jsonl
+    seed: int = 0  # of everything random
+
+
+MINI = dict(  # the student is the teacher's outermost level, whole
+    teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
+    out="checkpoints/v4-mini", channels=(64,), teacher_steps=8, trajectories=6_000, learned_guidance=3.0, steps=1_200, lr=2e-3,
+    ema_decay=0.99, features="effnet-lite0", guidance=3.0, eval_every=600, eval_samples=100, final_samples=1_000, workers=0,
+    save_every=300,
+)
+
+
+class Trajectories:
+    """The teacher's paths from pure noise to a picture, of one caption each, kept in `folder` for all runs: the states
+    (N, passes + 1, 4, side, side), the first of which is the noise, and the captions' embeddings (N, tokens, width)."""
+
+    def __init__(self, teacher, captions: list[str], folder: Path, *, passes: int, teacher_steps: int, guidance: float,
+                 side: int, batch_size: int, seed: int, device, rank: int = 0, processes: int = 1):
+        require(batch_size <= len(captions), f"--batch-size {batch_size} is more than the {len(captions)} captions")
+        self.batch_size, self.seed, self.device, self.rank, self.processes = batch_size, seed, device, rank, processes
+        self.scheduler = make_scheduler("ddim-trailing", teacher.noise_scheduler)
+        self.scheduler.set_timesteps(passes)
+        self.timesteps = self.scheduler.timesteps  # (passes,) falling
+        alphas = self.scheduler.alphas_cumprod[self.timesteps]
+        alphas = torch.cat([alphas, self.scheduler.final_alpha_cumprod.view(1)])
+        self.a, self.a_next = alphas[:-1].to(device), alphas[1:].to(device)  # (passes,) each
+        self.unit = ((1 - self.a_next).sqrt() - (self.a_next * (1 - self.a) / self.a).sqrt()).square().mean()
+        empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()  # (1, tokens, width)
+        finer = make_scheduler("ddim-trailing", teacher.noise_scheduler)
+        finer.set_timesteps(teacher_steps)
+        shape = (4, side, side)
+
+        @torch.no_grad()
+        def embed(start, batch=256):
+            for i in range(start, len(captions), batch):
+                states = encode_captions(teacher.text_encoder, teacher.tokenizer, captions[i : i + batch])
+                yield list(range(i, i + len(states))), i + len(states), states.float().cpu().numpy()
+
+        @torch.no_grad()
+        def draw(start, batch=64):
+            for i in range(start, len(captions), batch):
+                rows = range(i, min(i + batch, len(captions)))
+                z = upload(torch.from_numpy(np.stack([noise_of(row, shape) for row in rows])), device)
+                given = upload(torch.from_numpy(self.embeddings[list(rows)]), device).float()
+                both = torch.cat([empty.expand(len(rows), -1, -1), given])
+                states = [z]
+                for number, t in enumerate(finer.timesteps, 1):
+                    at = Batch(z, both, z, t.expand(2 * len(rows)).to(device))
+                    pred_empty, pred_caption = predict_noise(teacher.unet, z.repeat(2, 1, 1, 1), at).chunk(2)
+                    z = finer.step(pred_empty + guidance * (pred_caption - pred_empty), t, z, return_dict=False)[0]
+                    if number % (teacher_steps // passes) == 0:
+                        states.append(z)
+                yield list(rows), rows[-1] + 1, torch.stack(states, 1).float().cpu().numpy()
+
+        key = cache_key("trajectories", teacher, captions, passes, teacher_steps, guidance, side)
+        folder = folder / f"trajectories-{key}"
+        self.embeddings, _ = cached_array(folder, "captions", (len(captions), *empty.shape[1:]), embed, "cap")
+        self.states, made = cached_array(folder, "states", (len(captions), passes + 1, *shape), draw, "img")
+        self.seconds = made["seconds"]
+
+    def draw(self, step: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """Of the batch of one step: which trajectories, their segments k (B,), their captions' embeddings. It depends on
+        (seed, step) alone; of several processes each gets its share."""
+        epoch, place = divmod(step, len(self.states) // self.batch_size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.states))
+        mine = share_of(self.batch_size, self.rank, self.processes)
+        rows = order[place * self.batch_size : (place + 1) * self.batch_size][mine]
+        segments = np.random.default_rng([self.seed, 1, step]).integers(len(self.timesteps), size=self.batch_size)[mine]
+        embeddings = upload(torch.from_numpy(self.embeddings[rows]), self.device).float()
+        return rows, upload(torch.from_numpy(segments), self.device), embeddings
+
+    def state(self, rows: np.ndarray, segments: torch.Tensor) -> torch.Tensor:
+        """(B, 4, h, w): where the trajectories stand at the beginning of their segments."""
+        found = self.states[rows, segments.cpu().numpy()]
+        return upload(torch.from_numpy(found), self.device).float()
+
+    def land(self, z: torch.Tensor, noise_pred: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        """One DDIM step over the segment that begins at z."""
+        a, a_next = (alphas[segments].view(-1, 1, 1, 1) for alphas in (self.a, self.a_next))
+        x0 = (z - (1 - a).sqrt() * noise_pred) / a.sqrt()
+        return a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise_pred
+
+
+def noise_of(row: int, shape: tuple) -> np.ndarray:
+    """The noise that a trajectory begins with."""
+    return np.random.Generator(np.random.Philox(key=[4, row])).standard_normal(shape, dtype=np.float32)
+
+
+def some_captions(dataset: CocoCaptions, count: int) -> list[str]:
+    """`count` different captions at most, in an order of their own: the same for every seed."""
+    distinct = list(dict.fromkeys(caption for captions in dataset.captions for caption in captions))
+    order = np.random.default_rng(0).permutation(len(distinct))
+    return [distinct[i] for i in order[:count]]
+
+
+def main(s: Settings):
+    require(s.teacher_steps % s.passes == 0, "--teacher-steps must be a multiple of --passes")
+    accelerator = start_accelerator(s.device)
+    dtype = pick_dtype(s.dtype, accelerator.device)
+    run = Run(s.out, s, s.resume, accelerator)
+    torch.manual_seed(s.seed)
+
+    # data and teacher
+    data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
+    train_set = CocoCaptions(data, s.train_split, s.resolution)
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
+    teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
+    side = teacher.latent_side(s.resolution)
+
+    # the student's start
+    if s.start:
+        folder = Path(from_root(s.start))
+        folder = folder / "student" if (folder / "student" / "unet").is_dir() else folder
+        student = load_unet(str(folder) if folder.exists() else s.start, what="the student").requires_grad_(True)
+        require(student.config.in_channels == teacher.unet.config.in_channels, f"{s.start} is no student of this teacher's")
+        student.register_to_config(sample_size=side)
+    else:
+        config = student_config(teacher.unet, s.channels, s.layers, s.groups, s.mid_block)
+        student = slice_unet(teacher.unet, config | {"sample_size": side})
+    student.to(accelerator.device)
+    run.create(train_set.fingerprint() + val_set.fingerprint(), teacher.fingerprint(), dtype)
+
+    # what is computed once: the evaluation's frozen side, the teacher's trajectories
+    cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
+    sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
+                    batch=s.eval_batch)
+    more_scores = caption_scores(teacher.name, val_set, accelerator.device) if s.mini else None
+    evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
+                          workers=s.workers, more_scores=more_scores)
+    accelerator.print(summary(student, teacher, evaluator))
+    fitness = measure_fitness(teacher, evaluator)
+    effect = "its trajectories go astray there"
+    accelerator.print(fitness.describe(s.resolution, effect))
+    if not run.begun:
+        run.log(step=0, **fitness._asdict())
+    captions = some_captions(train_set, s.trajectories)
+    trajectories = Trajectories(
+        teacher, captions, cache, passes=s.passes, teacher_steps=s.teacher_steps, guidance=s.learned_guidance, side=side,
+        batch_size=s.batch_size, seed=s.seed, device=accelerator.device, rank=accelerator.process_index,
+        processes=accelerator.num_processes)
+    if not run.begun:
+        run.log(step=0, store_seconds=trajectories.seconds)
+    if s.eval_every:
+        evaluator.teacher_images(s.eval_samples)
+    evaluator.teacher_images(s.final_samples)
+    teacher.unet = None  # nothing asks it from here on: its memory is free
+
+    trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
+                      weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
+    few = dict(sampler="ddim-trailing", steps=s.passes, guidance=1.0)  # how the student draws
+    parameters = dict(num_inference_steps=s.passes, guidance_scale=1.0)  # the same in the pipeline's words
+    first_step = trainer.restore(run.folder) if s.resume else 0
+    run.begin("V-4", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    for step in range(first_step, s.steps):
+        if due(step, s.eval_every) and step not in run.evaluated:
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, **few))
+
+        rows, segments, encoder_hidden_states = trajectories.draw(step)
+        z, wanted = trajectories.state(rows, segments), trajectories.state(rows, segments + 1)
+        timesteps = trajectories.timesteps.to(accelerator.device)[segments]
+        with trainer.autocast():
+            batch = Batch(z, encoder_hidden_states, z, timesteps)
+            noise_pred = predict_noise(trainer.model, z, batch)  # (B, 4, h, w)
+        loss = F.mse_loss(trajectories.land(z, noise_pred, segments), wanted) / trajectories.unit
+        lr = trainer.lr
+        trainer.step(loss)  # backward, clip, AdamW, OneCycleLR, EMA
+
+        done = step + 1
+        run.log_step(done, trainer, loss=loss, lr=lr)
+        stopping = run.stop_requested(done)
+        if stopping or due(done, s.save_every) or done == s.steps:
+            run.save(trainer)
+        if stopping:
+            run.leave(done)
+
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, **few)
+    run.record(s.steps, evaluation)
+    rows = {f"teacher, {2 * s.sample_steps} passes": evaluator.teacher_scores(s.final_samples)}
+    for passes in sorted({*s.also_passes, s.passes}):
+        again = passes == s.passes
+        scored = evaluation if again else evaluator.evaluate(trainer.ema_student, s.final_samples, **few | {"steps": passes})
+        rows[f"student, {passes} passes"] = scored.scores
+    if accelerator.is_main_process:
+        finish(run.folder, "V-4", trainer.ema_student, teacher, evaluation, evaluator.teacher_scores(s.final_samples),
+               how=evaluator.how(len(evaluation.images), **few), data=data, val_split=s.val_split, resolution=s.resolution,
+               warning=fitness.warning(s.resolution, effect), scheduler=trajectories.scheduler, inference=parameters)
+        print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    limits = {name: (1, 1000) for name in ("passes", "teacher_steps", "also_passes")}
+    start(main, parse(Settings, __doc__, MINI, limits=limits))
