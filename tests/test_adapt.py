@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, TEACHER, lines, refusal, run, script
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from test_precision import DeviceProducts
 
 from common.teacher import load_teacher, load_unet
 
@@ -118,6 +119,7 @@ def test_a_killed_and_resumed_adaptation_ends_as_the_unbroken_one(adapted, small
     assert all(torch.equal(want[name], found[name]) for name in want)
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_line(adapted, small_set, cache, tmp_path, monkeypatch):
     out = adapted[0]
     assert "holds a run already" in refusal(*command(small_set, cache, out))
@@ -132,7 +134,8 @@ def test_mistakes_get_one_line(adapted, small_set, cache, tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_it_runs_in_low_precision(dtype, adapted, small_set, cache, tmp_path):
-    done = run(*command(small_set, cache, tmp_path / "low", "--dtype", dtype, "--half"))
+    with DeviceProducts():
+        done = run(*command(small_set, cache, tmp_path / "low", "--dtype", dtype, "--half"))
     assert done.returncode == 0, done.stderr[-2000:]
     found, want = ([x["loss"] for x in lines(run_of) if "loss" in x] for run_of in (
         tmp_path / "low-run", adapted[0].with_name("teacher-run")))

@@ -81,9 +81,8 @@ def test_the_error_is_that_of_the_stock_networks_and_is_kept(teacher, evaluator)
         teacher.unet = unet
 
 
-@pytest.mark.parametrize("path, more", [
-    ("v2/2.2.py", ["--store", "1"]), pytest.param("v1/1.py", [], marks=pytest.mark.slow),
-    pytest.param("v3/train_student_kd.py", [], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("path, more", [("v2/2.2.py", ["--store", "1"]), ("v1/1.py", []), ("v3/train_student_kd.py", [])])
 def test_a_run_away_from_home_says_so_and_its_card_too(path, more, small_set, cache, tmp_path):
     done = run(path, "--mini", "--resolution", "16", "--data", small_set, "--teacher", TEACHER, "--steps", "2", "--batch-size",
                "4", "--eval-every", "0", "--final-samples", "8", "--sample-steps", "2", "--cache-folder", cache, "--out",
@@ -97,6 +96,7 @@ def test_a_run_away_from_home_says_so_and_its_card_too(path, more, small_set, ca
     assert 0 <= scores["caption accuracy"] <= 1 and np.isfinite(scores["FD(effnet-lite0) to reconstructions"])
 
 
+@pytest.mark.slow
 def test_kd_from_a_teacher_that_knows_nothing_is_the_noise(small_set, cache, tmp_path, monkeypatch):
     """V-2.2 with knowledge 0 at every level has V-2.1's loss, whatever alpha is."""
     monkeypatch.setattr(Fitness, "knowledge", lambda *_: torch.zeros(1000))

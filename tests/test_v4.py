@@ -123,6 +123,7 @@ def test_the_stock_pipeline_draws_what_the_evaluation_draws(finished, teacher):
     assert "student, 1 passes" in printed and "student, 2 passes" in printed and "teacher, 4 passes" in printed
 
 
+@pytest.mark.slow
 def test_it_learns_and_resumes_bit_for_bit(finished, small_set, cache, tmp_path):
     from safetensors.torch import load_file
 
@@ -139,18 +140,21 @@ def test_it_learns_and_resumes_bit_for_bit(finished, small_set, cache, tmp_path)
     assert all(torch.equal(want[name], found[name]) for name in want)
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_another_student(finished, small_set, cache, tmp_path):
     done = run(*command(small_set, cache, tmp_path / "more", "--start", finished[0]))
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "more" / "student" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_line(small_set, cache, tmp_path):
     assert "multiple of --passes" in refusal(*command(small_set, cache, tmp_path / "a", "--passes", "3"))
     assert "no diffusers pipeline folder" in refusal(*command(small_set, cache, tmp_path / "b", "--start", str(ROOT / "docs")))
     assert "more than the 12 captions" in refusal(*command(small_set, cache, tmp_path / "c", "--batch-size", "40"))
 
 
+@pytest.mark.slow
 def test_other_commands_know_its_steps_from_the_folder(finished, small_set, cache, tmp_path):
     out, _ = finished
     done = run("v3/inference.py", "--model", out, "--prompt", "a cat", "--device", "cpu", "--out", tmp_path)
