@@ -26,11 +26,12 @@ class Fitness(NamedTuple):
     yardstick: list[float]  # that of the best guess without a teacher
 
     def knowledge(self, noise_scheduler, measured: bool = True) -> torch.Tensor:
-        """(timesteps,) of the whole schedule: 1 - error / yardstick within 0..1, linear between the measured ones; all ones
-        where what was measured is not to count."""
+        """(timesteps,) of the whole schedule: 1 - error / yardstick, and 0 where the teacher is unfit; linear between the
+        measured ones. All ones where what was measured is not to count."""
         ratio = np.divide(self.error, self.yardstick) if measured else np.zeros(len(self.error))
+        known = np.where(ratio < UNFIT, 1 - ratio, 0)  # what an unfit teacher knows pulls a student away all the same
         every = np.arange(noise_scheduler.config.num_train_timesteps)
-        return torch.from_numpy(np.interp(every, self.timesteps, np.clip(1 - ratio, 0, 1))).float()
+        return torch.from_numpy(np.interp(every, self.timesteps, known)).float()
 
     def unfit(self) -> list[int]:
         """The timesteps at which the teacher is not clearly better than the yardstick."""

@@ -30,7 +30,7 @@ def test_the_blind_guess_of_gaussian_latents_is_as_good_as_said():
 
 def test_knowledge_is_what_the_error_lacks_of_the_yardstick():
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
-    fitness = Fitness([100, 300], [0.2, 0.9], [0.8, 0.6])
+    fitness = Fitness([100, 300], [0.2, 0.45], [0.8, 0.6])
     known = fitness.knowledge(scheduler)
     assert known.shape == (1000,) and known[100] == 0.75 and known[300] == 0
     torch.testing.assert_close(known[[0, 200, 999]], torch.tensor([0.75, 0.375, 0.0]))
