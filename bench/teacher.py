@@ -155,8 +155,9 @@ def main(s: Settings):
     train_all(others)
     unique = {job.out: job for job in first + longer + others}
     write_table(list(unique.values()), out / "table.md")
-    shown = {f"{version}{' raw' * (kind == RAW)}": [job(version, kind, 0).out] for version in FIRST[:2] for kind in (RAW, best)}
-    write_sheet(shown, out / "sheet.png")
+    shown = {"V-2.2 that\nbelieves all": job(FIRST[2], RAW, 0).out, "V-2.2": job("V-2.2", RAW, 0).out,
+             "teacher,\nadapted": Path(f"{job('V-2.2', best, 0).teacher}-run"), "V-2.2 of it": job("V-2.2", best, 0).out}
+    write_sheet({name: [run] for name, run in shown.items()}, out / "sheet.png")
 
 
 if __name__ == "__main__":
