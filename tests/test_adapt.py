@@ -34,6 +34,7 @@ def adapted(small_set, cache, tmp_path_factory):
     return out, done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_not_adapted_stays_as_it_is(adapted):
     before = {name: weight.float() for name, weight in load_file(TEACHER / WEIGHTS).items()}
     after = load_file(adapted[0] / WEIGHTS)
@@ -52,6 +53,7 @@ def test_what_is_not_adapted_stays_as_it_is(adapted):
     assert torch.linalg.matrix_rank(gained, rtol=1e-4) == 2
 
 
+@pytest.mark.slow
 def test_it_is_a_stock_pipeline_that_draws_at_its_resolution_and_teaches(adapted):
     pipeline = StableDiffusionPipeline.from_pretrained(adapted[0], safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -61,6 +63,7 @@ def test_it_is_a_stock_pipeline_that_draws_at_its_resolution_and_teaches(adapted
     assert (adapted[0] / "category_reader.safetensors").read_bytes() == (TEACHER / "category_reader.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_run_shows_before_and_after(adapted):
     out, printed = adapted
     logged = lines(out.with_name(f"{out.name}-run"))

@@ -58,6 +58,7 @@ def test_the_embedded_teacher_is_fit_at_home_and_unfit_away(teacher, evaluator):
     assert len(home.table().splitlines()) == 4 and max(map(len, home.table().splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_stock_networks_and_is_kept(teacher, evaluator):
     """By diffusers' own calls, one picture at a time."""
     there = evaluator(32)
