@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from common.coco import CocoCaptions, images
-from common.files import from_root, make_folder
+from common.files import from_root, make_folder, model_place
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import drawn_with, save_sheet, table
@@ -95,12 +95,11 @@ def main(s: Settings):
     shown = evaluator.teacher_images(count, keep=Path(teacher.name) / "evaluation" if s.ship else None)
     rows = {"teacher": evaluator.teacher_scores(count)}
     if s.model:
-        folder = Path(from_root(s.model))
-        folder = folder / "student" if (folder / "student" / "unet").is_dir() else folder
-        unet = load_unet(str(folder) if folder.exists() else s.model, what="the model").to(accelerator.device)
+        place = model_place(s.model)
+        unet = load_unet(place, what="the model").to(accelerator.device)
         ours, theirs = unet.config.in_channels, teacher.unet.config.in_channels
         require(ours == theirs, f"{s.model} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
-        own = drawn_with(str(folder))  # a student of few steps
+        own = drawn_with(place)  # a student of few steps
         evaluation = evaluator.evaluate(unet, count, **own)
         accelerator.print(f"student: {evaluator.how(count, **own)}")
         shown, rows["student"] = evaluation.images, evaluation.scores

@@ -106,6 +106,13 @@ def reserve(path: Path):
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
+def model_place(name: str) -> str:
+    """Where the model `name` lies: in a run's folder its student; a hub id as it is."""
+    name = from_root(name)
+    student = Path(name) / "student"
+    return str(student) if (student / "unet").is_dir() else name
+
+
 def from_root(name: str) -> str:
     """A path of the repository's own, wherever the script is started from; any other name as it is."""
     inside = Path(__file__).resolve().parents[1] / name

@@ -25,23 +25,26 @@ class Fitness(NamedTuple):
     error: list[float]  # the teacher's mean squared error on the noise at each timestep
     yardstick: list[float]  # that of the best guess without a teacher
 
+    @property
+    def ratio(self) -> list[float]:
+        return [error / best for error, best in zip(self.error, self.yardstick)]
+
     def knowledge(self, noise_scheduler, measured: bool = True) -> torch.Tensor:
         """(timesteps,) of the whole schedule: 1 - error / yardstick, and 0 where the teacher is unfit; linear between the
         measured ones. All ones where what was measured is not to count."""
-        ratio = np.divide(self.error, self.yardstick) if measured else np.zeros(len(self.error))
+        ratio = np.array(self.ratio) if measured else np.zeros(len(self.error))
         known = np.where(ratio < UNFIT, 1 - ratio, 0)  # what an unfit teacher knows pulls a student away all the same
         every = np.arange(noise_scheduler.config.num_train_timesteps)
         return torch.from_numpy(np.interp(every, self.timesteps, known)).float()
 
     def unfit(self) -> list[int]:
         """The timesteps at which the teacher is not clearly better than the yardstick."""
-        return [t for t, error, best in zip(self.timesteps, self.error, self.yardstick) if not error < UNFIT * best]
+        return [t for t, ratio in zip(self.timesteps, self.ratio) if not ratio < UNFIT]
 
     def table(self) -> str:
         """Four lines: timestep, the teacher's error, the yardstick, their ratio."""
-        ratios = [error / best for error, best in zip(self.error, self.yardstick)]
         rows = {"timestep": [f"{t}" for t in self.timesteps], "teacher's error": [f"{x:.3f}" for x in self.error],
-                "best blind guess": [f"{x:.3f}" for x in self.yardstick], "ratio": [f"{x:.2f}" for x in ratios]}
+                "best blind guess": [f"{x:.3f}" for x in self.yardstick], "ratio": [f"{x:.2f}" for x in self.ratio]}
         return "\n".join(name.ljust(18) + "".join(value.rjust(7) for value in values) for name, values in rows.items())
 
     def warning(self, resolution: int, effect: str) -> str:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from common import sampling
-from common.files import from_root, full_disk_is_one_line, make_folder, read_text
+from common.files import full_disk_is_one_line, make_folder, model_place, read_text
 from common.report import drawn_with, save_sheet
 from common.settings import parse, require, start
 from common.teacher import load_teacher
@@ -51,13 +51,6 @@ class Settings:
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of all weights
     compile: bool = False  # torch.compile the U-Net: worth it for many images
-
-
-def place_of(name: str) -> str:
-    """Where a model lies: in a run's folder the student."""
-    name = from_root(name)
-    student = Path(name) / "student"
-    return str(student) if (student / "model_index.json").is_file() else name
 
 
 def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -105,7 +98,7 @@ def main(s: Settings):
     out = make_folder(Path(s.out), "--out")
     rows, size_px = [], s.size_px
     for name in (s.model, s.compare) if s.compare else (s.model,):
-        place = place_of(name)
+        place = model_place(name)
         how = {"sampler": "ddim", "steps": 25, "guidance": 5.0} | drawn_with(place)
         how |= {option: value for option in how if (value := getattr(s, option)) not in ("auto", 0)}
         pipeline = load(place, how["sampler"], device, dtype)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from common.cache import Batch, cache_key, cached_array, share_of, upload
 from common.coco import CocoCaptions
-from common.files import from_root, make_folder
+from common.files import from_root, make_folder, model_place
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
@@ -198,9 +198,7 @@ def main(s: Settings):
 
     # the student's start
     if s.start:
-        folder = Path(from_root(s.start))
-        folder = folder / "student" if (folder / "student" / "unet").is_dir() else folder
-        student = load_unet(str(folder) if folder.exists() else s.start, what="the student").requires_grad_(True)
+        student = load_unet(model_place(s.start), what="the student").requires_grad_(True)
         require(student.config.in_channels == teacher.unet.config.in_channels, f"{s.start} is no student of this teacher's")
         student.register_to_config(sample_size=side)
     else:
