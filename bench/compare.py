@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common.mini import CAPTION_ACCURACY
-from common.report import CELL_PX, comparable
+from common.report import CELL_PX, MARGIN_PX, comparable
 from common.run import read_log
 from common.settings import parse, start
 
@@ -137,16 +137,15 @@ def write_sheet(rows: dict[str, list[Path]], path: Path):
         newest = max((runs[0] / "samples").glob("step_*.png"))
         sheets[name] = Image.open(newest)
     first = next(iter(sheets.values()))
-    margin, width, captions_top = 70, first.width, 2 * CELL_PX
-    captions = first.crop((0, captions_top, width, first.height))
-    sheet = Image.new("RGB", (margin + width, CELL_PX * (len(rows) + 1) + captions.height), "white")
+    captions = first.crop((0, 2 * CELL_PX, first.width, first.height))
+    sheet = Image.new("RGB", (first.width, CELL_PX * (len(rows) + 1) + captions.height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, name in enumerate(["teacher", *rows]):
         top = 0 if name == "teacher" else CELL_PX
-        row = sheets.get(name, first).crop((0, top, width, top + CELL_PX - 4))
-        sheet.paste(row, (margin, number * CELL_PX))
+        row = sheets.get(name, first).crop((MARGIN_PX, top, first.width, top + CELL_PX - 4))
+        sheet.paste(row, (MARGIN_PX, number * CELL_PX))
         draw.text((4, number * CELL_PX + 48), name, fill="black")
-    sheet.paste(captions, (margin, sheet.height - captions.height))
+    sheet.paste(captions, (0, sheet.height - captions.height))
     sheet.save(path)
 
 

@@ -32,7 +32,7 @@ from common.files import from_root, make_folder
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
-from common.report import model_card, save_student, table
+from common.report import SHOWN, model_card, save_student, scores_table
 from common.run import Run
 from common.settings import parse, require, start
 from common.teacher import load_teacher, load_unet
@@ -86,6 +86,7 @@ class Settings:
     max_bad_steps: int = 20  # steps in a row without finite gradients that end the run
     save_every: int = 500  # steps between checkpoints
     log_every: int = 20  # steps between lines of metrics.jsonl
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # where losses, scores and sheets are logged too
     seed: int = 0  # of everything random
 
 
@@ -162,7 +163,7 @@ def adapted_to(teacher) -> int:
 
 
 def main(s: Settings):
-    accelerator = start_accelerator(s.device)
+    accelerator = start_accelerator(s.device, track=s.track, out=f"{s.out}-run")
     dtype = pick_dtype(s.dtype, accelerator.device)
     out = Path(s.out)
     run = Run(f"{s.out}-run", s, s.resume, accelerator)
@@ -241,16 +242,16 @@ def main(s: Settings):
     if accelerator.is_main_process:
         unet = merge(name, s.rank, s.full, average)
         unet.register_to_config(sample_size=side)  # what the pipeline draws by itself
-        how = evaluator.how(len(evaluation.images))
         title = f"{Path(s.teacher).name}, adapted to {s.resolution} px"
-        card = model_card(title, teacher.name, data, s.val_split, s.resolution, evaluation.scores, scores_before, how,
-                          kind="teacher", tag=f"adapted-to-{s.resolution}px")
-        save_student(unet.half() if s.half else unet, teacher, out, card)
+        card = model_card(title, teacher.name, data, s.val_split, s.resolution, evaluation.scores, scores_before,
+                          evaluation.how, kind="teacher", tag=f"adapted-to-{s.resolution}px",
+                          captions=evaluation.captions[:SHOWN])
+        save_student(unet.half() if s.half else unet, teacher, out, card, images=evaluation.images)
         reader = Path(name) / "category_reader.safetensors"  # the embedded world's
         if reader.is_file():
             shutil.copy(reader, out)
-        print(f"\nThe adapted teacher lies in {out}, samples and curves in {run.folder}. {how}:\n")
-        print(table({"before": scores_before, "after": evaluation.scores}))
+        print(f"\nThe adapted teacher lies in {out}, samples and curves in {run.folder}. {evaluation.how}:\n")
+        print(scores_table({"before": scores_before, "after": evaluation.scores}))
         print(f"\n{fitness.describe(s.resolution, 'it was adapted for too few steps')}")
 
 

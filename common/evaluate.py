@@ -21,7 +21,7 @@ from common.coco import CocoCaptions, images
 from common.files import from_root, make_folder, model_place
 from common.metrics import Evaluator
 from common.mini import caption_scores
-from common.report import drawn_with, save_sheet, table
+from common.report import drawn_with, save_sheet, scores_table
 from common.sampling import reconstruct
 from common.settings import parse, require, start
 from common.teacher import load_teacher, load_unet
@@ -101,13 +101,13 @@ def main(s: Settings):
         require(ours == theirs, f"{s.model} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
         own = drawn_with(place)  # a student of few steps
         evaluation = evaluator.evaluate(unet, count, **own)
-        accelerator.print(f"student: {evaluator.how(count, **own)}")
+        accelerator.print(f"student: {evaluation.how}")
         shown, rows["student"] = evaluation.images, evaluation.scores
     if s.sheet and accelerator.is_main_process:
         save_sheet(Path(s.sheet), {"": shown[:64]}, evaluator.captions)
     if s.bounds:
         rows |= measure_bounds(evaluator, train_set, val_set, teacher.vae, s.seed, s.workers)
-    accelerator.print(f"teacher: {evaluator.how(count)}\n\n{table(rows)}")
+    accelerator.print(f"teacher: {evaluator.how(count)}\n\n{scores_table(rows)}")
 
 
 if __name__ == "__main__":

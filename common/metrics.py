@@ -89,11 +89,22 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return maximum_mean_discrepancy(poly_kernel(a, a), poly_kernel(a, b), poly_kernel(b, b)).item()
 
 
+def coverage(real: torch.Tensor, drawn: torch.Tensor, k: int = 5) -> float:
+    """Coverage (arXiv 2002.09797, section 3.2): the share of real features with a drawn one nearer than their k-th nearest
+    real neighbour. Falls where pictures collapse to few kinds, which a Frechet distance may not show."""
+    k = min(k, len(real) - 1)
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # (N,) the nearest one is the feature itself
+    nearest = torch.cdist(real, drawn).amin(1)
+    return (nearest < radius).float().mean().item()
+
+
 class Evaluation(NamedTuple):
     images: torch.Tensor  # (N, 3, H, W) uint8
     teacher_images: torch.Tensor  # of the same captions and noise
     captions: list[str]
     scores: dict[str, float]
+    teacher_scores: dict[str, float]
+    how: str  # the images were drawn, in words
 
 
 class Evaluator:
@@ -155,43 +166,47 @@ class Evaluator:
         """Whether every process finds the file: they must all go the same way."""
         return all(gather_object([path.is_file()]))
 
-    def teacher_images(self, count: int, keep: Path | None = None) -> torch.Tensor:
+    def teacher_images(self, count: int, keep: Path | None = None, **other) -> torch.Tensor:
         """What the teacher draws for the first `count` captions: made once, and looked for beside its weights
         (`<teacher>/evaluation/`), then in the cache folder, or in `keep`, where it is then written. The teacher's U-Net is
-        needed for the first call of each count only."""
+        needed for the first call of each count only. `other` options of `sample` replace the usual ones."""
         count = min(count, len(self.captions))
-        if count not in self._teacher_images:
-            captions = self.captions[:count]
-            key = cache_key("teacher images", self.teacher, captions, sorted(self.sampling.items()))
+        place = (count, *sorted(other.items()))
+        if place not in self._teacher_images:
+            captions, sampling = self.captions[:count], self.sampling | other
+            key = cache_key("teacher images", self.teacher, captions, sorted(sampling.items()))
             name = f"teacher-{count}-{key}.safetensors"
             shipped = Path(self.teacher.name) / "evaluation" / name
             path = shipped if shipped.is_file() else Path(keep or self.folder) / name
             if not self._everywhere(path):
-                images, seconds = self._draw(self.teacher.unet, captions, "teacher's images")
+                images, seconds = self._draw(self.teacher.unet, captions, "teacher's images", **other)
                 content = save({"images": images.contiguous(), "seconds": torch.tensor([seconds], dtype=torch.float64)})
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(path, content)
             kept = load_file(path)
-            self._teacher_images[count] = kept["images"], kept["seconds"].item()
-        return self._teacher_images[count][0]
+            self._teacher_images[place] = kept["images"], kept["seconds"].item()
+        return self._teacher_images[place][0]
 
-    def teacher_scores(self, count: int) -> dict[str, float]:
-        """The teacher's row of scores, from the cache where it has been scored before."""
-        images = self.teacher_images(count)
-        count, seconds = len(images), self._teacher_images[len(images)][1]
-        if count not in self._teacher_scores:
+    def teacher_scores(self, count: int, **other) -> dict[str, float]:
+        """The teacher's row of scores, from the cache where it has been scored before. Images drawn by `other` options are
+        compared with the usual ones."""
+        images, usual = self.teacher_images(count, **other), self.teacher_images(count)
+        count = len(images)
+        place = (count, *sorted(other.items()))
+        seconds = self._teacher_images[place][1]
+        if place not in self._teacher_scores:
             more = self.more_scores.fingerprint if self.more_scores else ""
-            key = cache_key("reconstruction features", self.teacher, images.numpy().tobytes(), self.network_key,
-                            self.dataset.fingerprint(), more)
+            key = cache_key("reconstruction features", self.teacher, images.numpy().tobytes(), usual.numpy().tobytes(),
+                            self.network_key, self.dataset.fingerprint(), more)
             path = self.folder / f"teacher-scores-{count}-{key}.json"
             if not self._everywhere(path):
-                scores = self.score(images, images)
+                scores = self.score(images, usual)
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     write_atomically(path, json.dumps(scores).encode())
             scores = json.loads(path.read_text("utf-8"))
-            self._teacher_scores[count] = {"parameters": self.teacher.parameters, **scores, "seconds an image": seconds}
-        return self._teacher_scores[count]
+            self._teacher_scores[place] = {"parameters": self.teacher.parameters, **scores, "seconds an image": seconds}
+        return self._teacher_scores[place]
 
     # --- drawing and scoring ---
 
@@ -231,7 +246,8 @@ class Evaluator:
         drawn, seconds = self._draw(unet, captions, "student's images", **other)
         parameters = sum(p.numel() for p in unet.parameters())
         scores = {"parameters": parameters, **self.score(drawn, wanted), "seconds an image": seconds}
-        return Evaluation(drawn, wanted, captions, scores)
+        how = self.how(len(wanted), **other)
+        return Evaluation(drawn, wanted, captions, scores, self.teacher_scores(count), how)
 
     @torch.no_grad()
     def score(self, images: torch.Tensor, teacher_images: torch.Tensor | None = None) -> dict[str, float]:
@@ -246,6 +262,7 @@ class Evaluator:
             self.fd_name + " to reconstructions": frechet_distance(rebuilt, found),
             self.kid_name: kernel_distance(real, found),
             self.kid_name + " to reconstructions": kernel_distance(rebuilt, found),
+            "coverage": coverage(rebuilt, found),
         }
         if teacher_images is not None:
             distances = []

@@ -1,19 +1,22 @@
 """What people look at: sheets of images, curves, tables, and the saved student with its model card."""
 
+import contextlib
+import html
 import re
 import shutil
 import textwrap
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common.files import full_disk_is_one_line
-from common.settings import require
+from common.settings import first_line, require
 
-CELL_PX, LABEL_PX = 112, 46  # of a sheet: an image with its margin, the caption below
+CELL_PX, LABEL_PX, MARGIN_PX = 112, 46, 64  # of a sheet: an image with its margin, the caption below, a row's name
+SHOWN = 4  # pictures beside a model card
 
 
 def save_sheet(path: Path, rows: dict[str, torch.Tensor], captions: list[str], columns: int = 8):
@@ -21,22 +24,28 @@ def save_sheet(path: Path, rows: dict[str, torch.Tensor], captions: list[str], c
 
     Of a single row all images are shown, in lines of `columns`, each with its own caption.
     """
-    columns = columns if len(rows) == 1 else min(columns, *(len(images) for images in rows.values()))
-    pictures = torch.cat([images if len(rows) == 1 else images[:columns] for images in rows.values()])
-    captions = captions[: len(pictures) if len(rows) == 1 else columns]
+    if len(rows) == 1:
+        (pictures,) = rows.values()
+        margin, pitch, below = 0, CELL_PX + LABEL_PX, 0
+    else:
+        columns = min(columns, *(len(images) for images in rows.values()))
+        pictures = torch.cat([images[:columns] for images in rows.values()])
+        margin, pitch, below = MARGIN_PX, CELL_PX, LABEL_PX
+        captions = captions[:columns]
     lines = -(-len(pictures) // columns)
-    pitch = CELL_PX + LABEL_PX if len(rows) == 1 else CELL_PX
-    height = lines * pitch + (0 if len(rows) == 1 else LABEL_PX)
-    sheet = Image.new("RGB", (columns * CELL_PX, height), "white")
+    sheet = Image.new("RGB", (margin + columns * CELL_PX, lines * pitch + below), "white")
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
         tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
         tile = tile.resize((CELL_PX - 4, CELL_PX - 4), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % columns * CELL_PX, i // columns * pitch))
-    for i, caption in enumerate(captions):
+        sheet.paste(tile, (margin + i % columns * CELL_PX, i // columns * pitch))
+    if margin:
+        for i, name in enumerate(rows):
+            draw.text((4, i * pitch + CELL_PX // 2), textwrap.fill(name, 9), fill="black")
+    for i, caption in enumerate(captions[: len(pictures)]):
         wrapped = "\n".join(textwrap.wrap(caption, 18, max_lines=3))
         top = i // columns * pitch + CELL_PX if len(rows) == 1 else lines * CELL_PX
-        draw.text((i % columns * CELL_PX, top - 3), wrapped, fill="black")
+        draw.text((margin + i % columns * CELL_PX, top - 3), wrapped, fill="black")
     sheet.save(path)
 
 
@@ -47,37 +56,92 @@ def comparable(log: list[dict]) -> list[dict]:
 
 
 def save_curves(path: Path, log: list[dict]):
-    """A PNG of the loss, and of every metric of the evaluations, against the step."""
+    """A PNG of the loss and of every metric of the evaluations against the step, three panels a row; the teacher is dotted."""
+    losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
     evaluations = comparable(log)
-    series = {"loss": [(line["step"], line["loss"]) for line in log if "loss" in line]}
-    for line in evaluations:
-        for name, value in line["evaluation"].items():
-            if name != "samples":
-                series.setdefault(name, []).append((line["step"], value))
-    figure = Figure(figsize=(4 * len(series), 3), layout="constrained")
-    for axis, (name, points) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items()):
-        axis.plot(*zip(*points))
-        axis.set(title=name, xlabel="step")
+    names = [name for name in (evaluations[0]["evaluation"] if evaluations else ()) if name not in NO_METRIC]
+    count = 1 + len(names)
+    lines = -(-count // 3)
+    figure = Figure(figsize=(4 * min(3, count), 3 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, min(3, count), squeeze=False).flat)
+    for spare in panels[count:]:
+        spare.remove()
+    panels[0].set(title="loss", xlabel="step")
+    if losses:
+        steps, raw = zip(*losses)
+        smooth, mean = [], raw[0]
+        for value in raw:
+            mean = 0.9 * mean + 0.1 * value
+            smooth.append(mean)
+        panels[0].plot(steps, raw, alpha=0.3)
+        panels[0].plot(steps, smooth, color="C0")
+        panels[0].set_yscale("log")
+    for panel, name in zip(panels[1:], names):
+        panel.plot([line["step"] for line in evaluations], [line["evaluation"][name] for line in evaluations], marker="o")
+        if name in (teacher := evaluations[0].get("teacher", {})):
+            panel.axhline(teacher[name], linestyle=":", color="gray", label="teacher")
+            panel.legend()
+        panel.set(title=label(name), xlabel="step")
     figure.savefig(path, dpi=80)
 
 
+NO_METRIC = ("parameters", "samples", "seconds an image")  # of an evaluation's scores
+ENOUGH = {"FID": 2048, "FD(effnet-lite0)": 1280}  # a Frechet distance of fewer samples than dimensions is far too high
+HIGHER_IS_BETTER = ("right", "place", "coverage")
+
+
+def label(name: str, samples: int | None = None) -> str:
+    """A score's name as people read it, with an arrow towards the better, and `!` where `samples` are too few for it."""
+    short = name.replace("(effnet-lite0)", "*")
+    if name in ("parameters", "samples"):
+        return short
+    arrow = "↑" if name.endswith(HIGHER_IS_BETTER) else "↓"
+    few = samples is not None and samples < ENOUGH.get(name.removesuffix(" to reconstructions"), 0)
+    return f"{short} {arrow}{' !' if few else ''}"
+
+
+def cell(name: str, value) -> str:
+    """A score as people read it: four significant digits; `-` where there is none."""
+    if value is None or value != value:
+        return "-"
+    if name == "parameters":
+        return f"{value / 1e6:.2f} M"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def scores_table(columns: dict[str, dict]) -> str:
+    """Aligned text: a score a line, a column for each name, the scores' meaning below."""
+    names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
+    samples = next((scores["samples"] for scores in columns.values() if "samples" in scores), None)
+    rows = {label(name, samples): {title: cell(name, scores.get(name)) for title, scores in columns.items()} for name in names}
+    text = table(rows)
+    if "*" in text:
+        text += "\n* of EfficientNet-lite0's features, not Inception's"
+    if "!" in text:
+        text += f"\n! fewer samples than the features have dimensions: compare it at {samples:,} samples only"
+    return text
+
+
 def table(rows: dict[str, dict]) -> str:
-    """Aligned text, one line a row; numbers with four significant digits, `-` where a row has none."""
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-
-    def cell(value):
-        if value is None:
-            return "-"
-        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-    cells = [["", *columns]]
-    for name, row in rows.items():
-        cells.append([name, *(cell(row.get(column)) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    """Aligned text, one line a row, `-` where a row has nothing. Long titles of columns stand in several lines."""
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
+    columns = []
+    for title in titles:
+        texts = [row.get(title, "-") for row in rows.values()]
+        texts = [text if isinstance(text, str) else cell(title, text) for text in texts]
+        width = max(map(len, [*texts, *title.split()]))
+        columns.append((textwrap.wrap(title, width), [text.rjust(width) for text in texts], width))
+    head = max(len(title) for title, *_ in columns)
+    first = max(map(len, rows))
     lines = []
-    for first, *others in cells:
-        right = [text.rjust(width) for text, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *right]))
+    for i in range(head):
+        parts = []
+        for title, _, width in columns:
+            above = [""] * (head - len(title)) + title
+            parts.append(above[i].rjust(width))
+        lines.append("  ".join([" " * first, *parts]))
+    for i, name in enumerate(rows):
+        lines.append("  ".join([name.ljust(first), *(texts[i] for _, texts, _ in columns)]))
     return "\n".join(lines)
 
 
@@ -89,9 +153,9 @@ def summary(student, teacher, *sources) -> str:
     return "\n".join(lines + [source.describe() for source in sources])
 
 
-def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None):
-    """Write the student as a stock pipeline folder: its U-Net in fp32, the teacher's other files bit for bit, the card, and
-    the `scheduler` that it is drawn with, if that is not the teacher's.
+def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None, images: torch.Tensor | None = None):
+    """Write the student as a stock pipeline folder: its U-Net in fp32, the teacher's other files bit for bit, the card with
+    the `images` that it shows, and the `scheduler` that it is drawn with, if that is not the teacher's.
 
     Raises SystemExit where the teacher's files are no longer there.
     """
@@ -111,23 +175,51 @@ def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None):
             require((source / part).is_dir(), f"the teacher's {source / part} is gone; put it back and go on with --resume")
             copy_weights(source / part, partial / part)
         card.save(partial / "README.md")
+        for i, image in enumerate([] if images is None else images[:SHOWN]):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            picture.resize((256, 256), Image.Resampling.NEAREST).save(partial / f"sample-{i}.png")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
 
-def finish(folder: Path, title: str, student, teacher, evaluation, teacher_scores: dict, *, how: str, data: Path,
-           val_split: str, resolution: int, warning: str = "", scheduler=None, inference: dict | None = None):
-    """Save the student in `<folder>/student` and print the closing table, and the `warning` once more. A student that is
-    drawn with another `scheduler` than the teacher's, or by other parameters of the pipeline, says so."""
+def finish(folder: Path, title: str, student, teacher, evaluation, val_set, *, warning: str = "", scheduler=None,
+           inference: dict | None = None, push_to_hub: str = ""):
+    """Save the student in `<folder>/student`, print the closing table, and the `warning` once more, and upload the student
+    where a hub repository is named. A student that is drawn with another `scheduler` than the teacher's, or by other
+    parameters of the pipeline, says so."""
     scores = evaluation.scores
     title = f"{title}: {scores['parameters'] / 1e6:.2f} M student"
-    card = model_card(title, teacher.name, data, val_split, resolution, scores, teacher_scores, how, warning,
-                      inference=inference)
-    save_student(student, teacher, folder / "student", card, scheduler)
-    print(f"\nThe student lies in {folder / 'student'}, samples and curves beside it. {how}:\n")
-    print(table({"teacher": teacher_scores, "student": scores}))
+    card = model_card(title, teacher.name, val_set.root, val_set.split, val_set.size_px, scores, evaluation.teacher_scores,
+                      evaluation.how, warning, inference=inference, captions=evaluation.captions[:SHOWN])
+    save_student(student, teacher, folder / "student", card, scheduler, evaluation.images)
+    print(f"\nThe student lies in {folder / 'student'}, samples and curves beside it. {evaluation.how}:\n")
+    print(scores_table({"teacher": evaluation.teacher_scores, "student": scores}))
     if warning:
         print(warning)
+    if push_to_hub:
+        with hub_error_is_one_line(push_to_hub, "; the student itself is saved"):
+            HfApi().create_repo(push_to_hub, exist_ok=True)
+            HfApi().upload_folder(repo_id=push_to_hub, folder_path=folder / "student")
+        print(f"uploaded to {push_to_hub}")
+
+
+@contextlib.contextmanager
+def hub_error_is_one_line(repository: str, comfort: str = ""):
+    try:
+        yield
+    except Exception as error:  # what the client raises changes with the library that it speaks HTTP through
+        raise SystemExit(f"error: --push-to-hub {repository} failed ({first_line(error)}){comfort}") from None
+
+
+def check_hub(repository: str, accelerator, teacher, val_set):
+    """Where a hub `repository` is named: raises SystemExit for a missing login or a card that the hub refuses, which should
+    show before the training and not after it."""
+    if not repository or not accelerator.is_main_process:
+        return
+    with hub_error_is_one_line(repository):
+        HfApi().whoami()
+        scores = {"parameters": 0, "metric": 0.0}
+        model_card("a student", teacher.name, val_set.root, val_set.split, val_set.size_px, scores, {}, "").validate()
 
 
 def copy_weights(source: Path, target: Path):
@@ -165,9 +257,10 @@ def drawn_with(name: str) -> dict:
 
 def model_card(title: str, teacher_name: str, data: str, val_split: str, resolution: int, scores: dict,
                teacher_scores: dict, how: str, warning: str = "", kind: str = "student", tag: str = "",
-               inference: dict | None = None) -> ModelCard:
+               inference: dict | None = None, captions: list[str] = ()) -> ModelCard:
     """The README.md of a saved student (or other `kind` of model), with the metadata block that the Hugging Face hub reads:
-    only what is known, and a `tag` of its own. `inference`: the pipeline's parameters that it should be drawn with."""
+    only what is known, and a `tag` of its own. `inference`: the pipeline's parameters that it should be drawn with.
+    `captions`: of the pictures beside it, which the hub shows as a gallery."""
     on_hub = not Path(teacher_name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher_name)
     teacher, data, licence = Path(teacher_name).name, Path(data).name, licence_of(teacher_name)
     numbers = {name: round(value, 5) for name, value in scores.items()
@@ -177,8 +270,15 @@ def model_card(title: str, teacher_name: str, data: str, val_split: str, resolut
     metadata = ModelCardData(
         model_name=title, library_name="diffusers", pipeline_tag="text-to-image", license=licence,
         base_model=teacher_name if on_hub else None, tags=["stable-diffusion", tag or "distillation"], eval_results=results,
-        **({"inference": {"parameters": inference}} if inference else {}))
-    lines = [f"| {name} | {teacher_scores.get(name, '-')} | {value} |" for name, value in scores.items()]
+        **({"inference": {"parameters": inference}} if inference else {}),
+        **({"widget": [{"text": caption, "output": {"url": f"sample-{i}.png"}} for i, caption in enumerate(captions)]}
+           if captions else {}))
+    samples = scores.get("samples")
+    lines = []
+    for name, value in scores.items():
+        lines.append(f"| {label(name, samples)} | {cell(name, teacher_scores.get(name))} | {cell(name, value)} |")
+    gallery = "".join(f'<img src="sample-{i}.png" width="128" title="{html.escape(caption)}">\n'
+                      for i, caption in enumerate(captions))
     said = (f"The weights derive from {teacher}'s and keep its licence, {licence}." if licence else
             f"The weights derive from {teacher}'s; its licence, which its card does not name, holds for them too.")
     call = ""
@@ -195,6 +295,7 @@ A {kind} of {scores['parameters'] / 1e6:.2f} M U-Net parameters, made from `{tea
     from diffusers import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline.from_pretrained("this folder", safety_checker=None)
 {call}
+{gallery}
 Measured with {how}:
 
 | | teacher | {kind} |

@@ -6,13 +6,17 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common.files import full_disk_is_one_line, make_folder, read_text, write_atomically
 from common.report import save_curves, save_sheet
-from common.settings import require
+from common.settings import first_line, require
 from common.trainer import due
+
+TRACKED_IMAGES = {"tensorboard": {"dataformats": "NHWC"}}  # options of Accelerate's log_images
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -78,9 +82,20 @@ class Run:
             write_atomically(self.folder / "metrics.jsonl", text.encode())
         self.loss_max, self.spent, self.last_tick = None, 0.0, time.perf_counter()
         self.bar = tqdm(total=steps, initial=first_step, desc=title, unit="step", disable=not self.main or first_step == steps)
+        if self.accelerator.log_with:
+            self._start_trackers()
         self.handlers = {}
         if first_step < steps:
             self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _start_trackers(self):
+        """Of --track. Raises SystemExit where one cannot start."""
+        (kind,) = self.accelerator.log_with
+        project, named = ("tensorboard", {}) if kind == "tensorboard" else ("light-sd-students", {"name": self.folder.name})
+        try:
+            self.accelerator.init_trackers(project, init_kwargs={str(kind): named})
+        except Exception as error:  # a missing login, no network: each package's own errors
+            raise SystemExit(f"error: --track {kind} cannot start: {first_line(error)}") from None
 
     def _on_signal(self, number, _):
         self.reason = self.reason or str(int(number))
@@ -124,11 +139,16 @@ class Run:
     def record(self, step: int, evaluation):
         """Log an evaluation (`common.metrics.Evaluation`), write its sheet and draw the curves anew."""
         if self.main:
-            self.log(step=step, evaluation=evaluation.scores)
+            self.log(step=step, evaluation=evaluation.scores, teacher=evaluation.teacher_scores)
             rows = {"teacher": evaluation.teacher_images, "student": evaluation.images}
+            sheet = self.folder / "samples" / f"step_{step:06d}.png"
             with full_disk_is_one_line(self.folder, "with --resume; the last checkpoint is kept"):
-                save_sheet(self.folder / "samples" / f"step_{step:06d}.png", rows, evaluation.captions)
+                save_sheet(sheet, rows, evaluation.captions)
                 save_curves(self.folder / "curves.png", read_log(self.folder))
+            for tracker in self.accelerator.trackers:
+                if tracker.name != "trackio":  # Accelerate's has no images
+                    picture = np.asarray(Image.open(sheet))[None]  # (1, H, W, 3)
+                    tracker.log_images({"samples": picture}, step=step, **TRACKED_IMAGES.get(tracker.name, {}))
             if step < self.steps:
                 shown = ", ".join(f"{k} {v:.4g}" for k, v in evaluation.scores.items() if k != "parameters")
                 self.bar.write(f"step {step:,}: {shown}")
@@ -157,6 +177,7 @@ class Run:
         self._end()
         if not self.reason.isdigit():
             raise SystemExit(self.reason)
+        self.accelerator.end_training()
         self.accelerator.print(f"stopped at step {done:,}; go on with --resume")
         raise SystemExit(128 + int(self.reason))
 

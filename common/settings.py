@@ -132,6 +132,8 @@ def start(main, settings):
         library.utils.logging.set_verbosity_error()
     # diffusers passes the hub's client an argument that it no longer takes
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a Windows console of an old encoding has no arrows
     try:
         main(settings)
     except KeyboardInterrupt:

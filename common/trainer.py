@@ -1,5 +1,6 @@
 """A student's optimization on Accelerate: precision, AdamW, OneCycleLR, clipping, EMA, checkpoints; one process or many."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -17,12 +18,15 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 DTYPES = {"fp32": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def start_accelerator(device: str, accumulate: int = 1, **options) -> Accelerator:
+def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out: str | None = None) -> Accelerator:
     """Accelerate on `device`: auto (CUDA, then MPS, then the CPU), cuda, cuda:N, mps or cpu; `accelerate config` is not needed.
 
     It is told of no precision: `pick_dtype` and `Trainer.autocast` see to that on every device alike. (DeepSpeed lowers the
-    weights by itself and must know.) Raises SystemExit where the named device is not there or the launch cannot work.
+    weights by itself and must know.) `track` names the package that `Run.log` also logs to, `out` the run's folder. Raises
+    SystemExit where the named device or package is not there or the launch cannot work.
     """
+    tracked = track == "none" or importlib.util.find_spec(track) is not None
+    require(tracked, f"--track {track} needs its package: pip install {track}")
     known = re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", device)
     require(known, "--device must be auto, cuda, cuda:N, mps or cpu")
     there = (device in ("auto", "cpu") or device == "mps" and torch.backends.mps.is_available()
@@ -36,8 +40,8 @@ def start_accelerator(device: str, accumulate: int = 1, **options) -> Accelerato
     try:
         accelerator = Accelerator(
             cpu=device == "cpu", mixed_precision=None if deepspeed else "no", gradient_accumulation_steps=accumulate,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))], **options)  # the others wait for the caches
+            step_scheduler_with_optimizer=False, log_with=None if track == "none" else track, project_dir=out,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])  # the others wait for the caches
     except (ImportError, ValueError) as error:
         raise SystemExit(f"error: Accelerate cannot start: {error}") from None
     same = accelerator.gradient_accumulation_steps == accumulate

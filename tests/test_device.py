@@ -16,7 +16,7 @@ VERSIONS = {
     "v2.1": ["v2/2.1.py", "--channels", "16,32"],
     "v2.2": ["v2/2.2.py", "--channels", "16,32", "--store", "0", "--no-cache", "--flip"],
     "v2.2 store": ["v2/2.2.py", "--channels", "16,32", "--store", "1"],
-    "v3": ["v3/train_student_kd.py", "--channels", "32,48,64", "--no-tensorboard"],
+    "v3": ["v3/train_student_kd.py", "--channels", "32,48,64"],
 }
 
 

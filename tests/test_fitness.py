@@ -94,7 +94,7 @@ def test_a_run_away_from_home_says_so_and_its_card_too(path, more, small_set, ca
     (line,) = [x for x in lines(tmp_path / "run") if "yardstick" in x]
     assert line["step"] == 0 and len(line["error"]) == len(line["yardstick"]) == 8
     scores = lines(tmp_path / "run")[-1]["evaluation"]
-    assert 0 <= scores["caption accuracy"] <= 1 and np.isfinite(scores["FD(effnet-lite0) to reconstructions"])
+    assert 0 <= scores["one object right"] <= 1 and np.isfinite(scores["FD(effnet-lite0) to reconstructions"])
 
 
 @pytest.mark.slow

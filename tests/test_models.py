@@ -9,7 +9,7 @@ import torch
 from conftest import TEACHER
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from common.metrics import frechet_distance, kernel_distance
+from common.metrics import coverage, frechet_distance, kernel_distance
 from common.mini import EffNetLite0, caption_accuracy, drawn_objects, load_reader
 from common.sampling import sample
 from common.slicing import even_channels, slice_unet, student_config
@@ -115,6 +115,20 @@ def test_frechet_distance_of_known_gaussians():
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     assert abs(found - calculate_frechet_distance(a.mean(0), ca, b.mean(0), cb)) / want < 1e-3
+
+
+def test_coverage_against_its_definition():
+    rng = np.random.default_rng(0)
+    real, drawn = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) * 0.5
+    covered = 0
+    for i in range(40):
+        to_real = sorted(np.linalg.norm(real[i] - real[j]) for j in range(40) if j != i)
+        covered += any(np.linalg.norm(real[i] - other) < to_real[4] for other in drawn)
+    assert 0.1 < covered / 40 < 0.95
+    assert coverage(torch.from_numpy(real), torch.from_numpy(drawn)) == pytest.approx(covered / 40)
+    assert coverage(torch.from_numpy(real), torch.from_numpy(real)) == 1
+    collapsed = torch.from_numpy(real[:1]).expand(30, -1)
+    assert coverage(torch.from_numpy(real), collapsed) < 0.5
 
 
 def test_kernel_distance_against_torchmetrics():

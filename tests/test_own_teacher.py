@@ -282,7 +282,7 @@ def test_only_what_a_stock_pipeline_loads_is_copied_bit_for_bit(tmp_path):
 
 
 def card_of(teacher_name: str) -> ModelCard:
-    scores = {"parameters": 5, "FID": 1.5, "caption accuracy": float("nan")}
+    scores = {"parameters": 5, "FID": 1.5, "one object right": float("nan")}
     return model_card("V-2.2", teacher_name, "/somewhere/private/photos", "val", 64, scores, {"FID": 1.0}, "8 samples")
 
 

@@ -1,13 +1,16 @@
-"""The model card of a saved student: what the hub reads, and nothing that is not known to be true."""
+"""What people look at: the model card that the hub reads, the closing table, curves, sheets."""
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TEACHER
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
+from PIL import Image
 
 from common import report
 
-SCORES = {"parameters": 1_230_000, "samples": 8, "FD(effnet-lite0)": 12.345678, "caption accuracy": float("nan"),
+SCORES = {"parameters": 1_230_000, "samples": 8, "FD(effnet-lite0)": 12.345678, "one object right": float("nan"),
           "seconds an image": 0.5}
 TEACHERS = {"parameters": 13_000_000, "FD(effnet-lite0)": 3.0}
 
@@ -65,3 +68,64 @@ def test_a_hub_without_a_card_gives_the_base_model_only(monkeypatch):
     metadata, text = card_of("somebody/sd", "data/coco2017")
     assert metadata["base_model"] == "somebody/sd" and "license" not in metadata
     assert "its licence, which its card does not name" in text
+
+
+def test_a_card_shows_its_pictures():
+    captions = ['a "cat"', "a dog"]
+    card = report.model_card("V-9", "nowhere", "data", "val", 32, SCORES, TEACHERS, "8 samples", captions=captions)
+    metadata = yaml.safe_load(str(card).split("---\n")[1])
+    assert metadata["widget"] == [{"text": 'a "cat"', "output": {"url": "sample-0.png"}},
+                                  {"text": "a dog", "output": {"url": "sample-1.png"}}]
+    assert '<img src="sample-0.png" width="128" title="a &quot;cat&quot;">' in str(card)
+
+
+def test_the_closing_table_stands_on_end_and_says_what_is_better():
+    text = report.scores_table({"teacher": TEACHERS, "student": SCORES}).splitlines()
+    assert text == [
+        "                    teacher  student",
+        "parameters          13.00 M   1.23 M",
+        "FD* ↓ !                   3    12.35",
+        "samples                   -        8",
+        "one object right ↑        -        -",
+        "seconds an image ↓        -      0.5",
+        "* of EfficientNet-lite0's features, not Inception's",
+        "! fewer samples than the features have dimensions: compare it at 8 samples only",
+    ]
+
+
+def test_a_fid_of_few_samples_is_marked_and_one_of_many_is_not():
+    assert report.label("FID", 2047) == "FID ↓ !" and report.label("FID", 2048) == "FID ↓"
+    assert report.label("KID to reconstructions", 5) == "KID to reconstructions ↓"
+
+
+def test_long_titles_take_several_lines_and_not_the_width():
+    columns = {"teacher, 50 passes": TEACHERS} | {f"student, {passes} passes": SCORES for passes in (1, 2, 4, 8)}
+    lines = report.scores_table(columns).splitlines()
+    assert max(map(len, lines)) <= 80
+
+
+def test_curves_have_a_panel_a_metric_three_a_row_and_the_teachers_line(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    log = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    scores = {"parameters": 1, "samples": 9, "FD(effnet-lite0)": 5.0, "KID": 0.1, "PD": 3.0, "seconds an image": 0.1}
+    log += [{"step": step, "evaluation": scores, "teacher": {"FD(effnet-lite0)": 2.0}} for step in (4, 8)]
+    report.save_curves(tmp_path / "curves.png", log)
+    loss, *panels = figures[0].axes
+    assert [panel.get_title() for panel in panels] == ["FD* ↓", "KID ↓", "PD ↓"] and loss.get_yscale() == "log"
+    raw, smooth = loss.lines
+    assert list(raw.get_ydata()) == [1 / step for step in range(1, 9)] and smooth.get_ydata()[1] == 0.9 + 0.1 / 2
+    line, dotted = panels[0].lines
+    assert list(line.get_xdata()) == [4, 8] and line.get_marker() == "o" and set(dotted.get_ydata()) == {2.0}
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size == (960, 480)
+
+
+def test_a_sheet_names_its_rows(tmp_path):
+    images = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
+    report.save_sheet(tmp_path / "sheet.png", {"teacher": images, "student": images}, ["a", "b", "c"])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (report.MARGIN_PX + 3 * report.CELL_PX, 2 * report.CELL_PX + report.LABEL_PX)
+        for row in range(2):
+            place = (0, row * report.CELL_PX, report.MARGIN_PX, (row + 1) * report.CELL_PX)
+            assert sheet.crop(place).convert("L").getextrema() != (255, 255)

@@ -55,7 +55,10 @@ def unbroken(request, small_set, cache, tmp_path_factory):
 
 def test_outputs_are_complete_and_stock(unbroken):
     _, out, printed = unbroken
-    assert "FD(effnet-lite0)" in printed and "teacher" in printed and "FID" not in printed
+    assert "FD* to reconstructions" in printed and "* of EfficientNet-lite0's features, not Inception's" in printed
+    assert "teacher" in printed and "FID" not in printed
+    table = printed.split(":\n\n")[-1].splitlines()
+    assert max(map(len, table)) <= 80 and any(line.startswith("parameters") for line in table)
     assert (out / "curves.png").is_file() and (out / "samples" / "step_000012.png").is_file()
     pipeline = StableDiffusionPipeline.from_pretrained(out / "student", safety_checker=None)
     assert pipeline.unet.config.sample_size == 8
@@ -270,14 +273,15 @@ def test_a_student_and_its_teacher_are_measured_beside_their_bounds(small_set, c
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "sheet.png").is_file() and "dB PSNR over 6 validation images" in done.stdout
     assert "6 samples, 2 DDPM steps, guidance 3" in done.stdout
-    names, *rows = done.stdout.split("\n\n")[1].splitlines()
-    assert "FD(effnet-lite0)" in names and "PD(effnet-lite0)" in names and "caption accuracy, both in place" in names
+    table = done.stdout.split("\n\n")[1].splitlines()
+    head = [re.split(r"\s{2,}", line.strip()) for line in table[:2]]
+    assert head == [["floor: training", "ceiling:"], ["teacher", "student", "images", "noise"]]
     numbers = {}
-    for row in rows:
-        name, *cells = re.split(r"\s{2,}", row.rstrip())
-        numbers[name] = [float(cell.replace(",", "")) for cell in cells if cell != "-"]
-    assert list(numbers) == ["teacher", "student", "floor: training images", "ceiling: noise"]
-    ours, theirs = numbers["student"], numbers["teacher"]
-    assert theirs[:2] == ours[:2] == [13_038_884, 6] and len(ours) == len(theirs)
-    for our, their in zip(ours[2:-1], theirs[2:-1]):  # a pixel may round the other way; the last one is the time
-        assert our == pytest.approx(their, rel=0.01, abs=0.005, nan_ok=True)
+    for line in table[2:]:
+        name, *cells = re.split(r"\s{2,}", line.rstrip())
+        numbers[name] = cells[:2]  # the teacher's, the student's
+    assert numbers.pop("parameters") == ["13.04 M"] * 2 and numbers.pop("samples") == ["6"] * 2
+    assert {"FD* ↓ !", "PD* ↓", "both in place ↑"} < set(numbers)
+    del numbers["seconds an image ↓"]
+    for theirs, ours in numbers.values():  # a pixel may round the other way
+        assert ours == theirs or float(ours) == pytest.approx(float(theirs), rel=0.01, abs=0.005)

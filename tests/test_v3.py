@@ -40,7 +40,7 @@ def command(small_set, cache, out, *more) -> list[str]:
             "--val-split", "val", "--resolution", "32", "--channels", "32,48,64", "--steps", "20", "--batch-size", "8",
             "--features", "effnet-lite0", "--eval-every", "0", "--final-samples", "8", "--eval-batch", "4",
             "--sample-steps", "2", "--save-every", "5", "--log-every", "1", "--cpu", "--mixed-precision", "no",
-            "--cache-folder", str(cache), "--out", str(out), *more]
+            "--track", "tensorboard", "--cache-folder", str(cache), "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def trajectories_of(teacher, folder, batch_size=4, **more):
 
 
 def command(small_set, cache, out, *more) -> list[str]:
-    return ["v4/4.py", "--mini", "--data", str(small_set), "--teacher", str(TEACHER), "--trajectories", "12",
+    return ["v4/4.py", "--mini", "--data", str(small_set), "--teacher", str(TEACHER), "--trajectories", "12", "--teacher-passes", "6",
             "--teacher-steps", "4", "--passes", "2", "--also-passes", "1", "--steps", "6", "--batch-size", "4",
             "--eval-every", "4", "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "2", "--save-every", "2",
             "--log-every", "1", "--cache-folder", str(cache), "--out", str(out), *more]
@@ -120,7 +120,10 @@ def test_the_stock_pipeline_draws_what_the_evaluation_draws(finished, teacher):
     found, _ = sample(unet, teacher, CAPTIONS, sampler="ddim-trailing", steps=2, guidance=1.0, seed=7, size_px=32, batch=5)
     want = torch.from_numpy(want).permute(0, 3, 1, 2) * 255
     assert (found - want).abs().max() <= 1.01
-    assert "student, 1 passes" in printed and "student, 2 passes" in printed and "teacher, 4 passes" in printed
+    rows = lines(out)[-1]["passes"]
+    assert list(rows) == ["teacher, 6 passes", "teacher, 4 passes", "student, 1 passes", "student, 2 passes"]
+    assert rows["teacher, 4 passes"]["PD(effnet-lite0)"] == 0 < rows["teacher, 6 passes"]["PD(effnet-lite0)"]
+    assert all(0 <= row["coverage"] <= 1 for row in rows.values()) and "6 passes" in printed
 
 
 @pytest.mark.slow

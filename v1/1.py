@@ -31,7 +31,7 @@ from common.files import from_root, make_folder
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
-from common.report import finish, summary
+from common.report import check_hub, finish, summary
 from common.run import Run
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
@@ -96,6 +96,8 @@ class Settings:
     max_bad_steps: int = 20  # steps in a row without finite gradients that end the run
     save_every: int = 500  # steps between checkpoints
     log_every: int = 20  # steps between lines of metrics.jsonl
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # where losses, scores and sheets are logged too
+    push_to_hub: str = ""  # a hub repository (user/name) to upload the student to in the end
     seed: int = 0  # of everything random
 
 
@@ -177,7 +179,7 @@ def main(s: Settings):
             "--chains 1000,200,100,50,25")
     shares = len(s.stage_percent) == len(s.chains) and min(s.stage_percent) > 0
     require(shares, "--stage-percent must give each of --chains a share")
-    accelerator = start_accelerator(s.device)
+    accelerator = start_accelerator(s.device, track=s.track, out=s.out)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
     torch.manual_seed(s.seed)
@@ -187,6 +189,7 @@ def main(s: Settings):
     train_set = CocoCaptions(data, s.train_split, s.resolution)
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
+    check_hub(s.push_to_hub, accelerator, teacher, val_set)
     noise_scheduler = teacher.noise_scheduler
 
     # the student's start
@@ -277,11 +280,10 @@ def main(s: Settings):
 
     evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples)
     run.record(s.steps, evaluation)
-    teacher_scores = evaluator.teacher_scores(s.final_samples)
     if accelerator.is_main_process:
-        finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, teacher_scores,
-               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution,
-               warning=warning)
+        finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, val_set,
+               warning=warning, push_to_hub=s.push_to_hub)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Step i draws its global batch from (seed, i), and each process takes its share o
 nothing but the speed.
 """
 
-import contextlib
 import importlib.util
 import os
 import sys
@@ -25,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType
-from huggingface_hub import HfApi
 from prepare_unet_small import pruned_config
 
 from common.cache import TeacherStore, TrainingPairs
@@ -35,9 +33,9 @@ from common.files import from_root, make_folder
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
-from common.report import finish, model_card, summary
+from common.report import check_hub, finish, summary
 from common.run import Run
-from common.settings import first_line, parse, require, start
+from common.settings import parse, require, start
 from common.slicing import slice_unet
 from common.teacher import UNet2DConditionModel, load_teacher
 from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
@@ -101,7 +99,7 @@ class Settings:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints that stay
     log_every: int = 20  # steps between lines of metrics.jsonl
-    tensorboard: bool = True  # also log to <out>/tensorboard
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # where losses, scores and sheets are logged too
     push_to_hub: str = ""  # a hub repository (user/name) to upload the student to in the end
     seed: int = 0  # of everything random
 
@@ -114,18 +112,8 @@ MINI = dict(
 )
 
 
-@contextlib.contextmanager
-def a_hub_error_is_one_line(repository: str, comfort: str = ""):
-    try:
-        yield
-    except Exception as error:  # what the client raises changes with the library that it speaks HTTP through
-        raise SystemExit(f"error: --push-to-hub {repository} failed ({first_line(error)}){comfort}") from None
-
-
 def main(s: Settings):
-    tensorboard, webdataset = (importlib.util.find_spec(name) is not None for name in ("tensorboard", "webdataset"))
-    require(tensorboard or not s.tensorboard, "--tensorboard needs its package: pip install -r v3/requirements.txt, or "
-            "--no-tensorboard")
+    webdataset = importlib.util.find_spec("webdataset")
     require(webdataset or not s.shards, "--shards needs webdataset: pip install -r v3/requirements.txt")
     require(s.cache or not s.store, "--store needs the cache: leave out --no-cache")
     require(not s.store or not (s.feature_weight or s.shards), "--store holds no features and no shards; it needs "
@@ -134,8 +122,7 @@ def main(s: Settings):
             "be 0")
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
-    accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, log_with="tensorboard" if s.tensorboard else None,
-                                    project_dir=s.out)
+    accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, s.track, s.out)
     dtype = pick_dtype(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.device)
     shares = accelerator.num_processes * s.accumulate
     require(s.batch_size % shares == 0, f"--batch-size must be a multiple of {shares}, processes x --accumulate")
@@ -154,11 +141,7 @@ def main(s: Settings):
         from coco_dataset import ShardPairs
 
         batches = ShardPairs(s.shards, teacher, size_px=s.resolution, **place)
-    if s.push_to_hub and accelerator.is_main_process:  # a missing login or a refused card shows now, not after the training
-        with a_hub_error_is_one_line(s.push_to_hub):
-            HfApi().whoami()
-            card = model_card("V-3", teacher.name, data, s.val_split, s.resolution, {"parameters": 0, "metric": 0.0}, {}, "")
-            card.validate()
+    check_hub(s.push_to_hub, accelerator, teacher, val_set)
 
     # the student's start
     config = pruned_config(teacher.unet, s.size, s.channels, s.groups)
@@ -208,8 +191,6 @@ def main(s: Settings):
     trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
                       optimizer=s.optimizer, keep=s.keep)
-    if s.tensorboard:
-        accelerator.init_trackers("tensorboard")
     first_step = trainer.restore(run.folder) if s.resume else 0
     run.begin("V-3", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
@@ -253,16 +234,10 @@ def main(s: Settings):
 
     evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples)
     run.record(s.steps, evaluation)
-    teacher_scores = evaluator.teacher_scores(s.final_samples)
     if accelerator.is_main_process:
-        finish(run.folder, "V-3", trainer.ema_student, teacher, evaluation, teacher_scores,
-               how=evaluator.how(len(evaluation.images)), data=data, val_split=s.val_split, resolution=s.resolution,
-               warning=fitness.warning(s.resolution, effect))
+        finish(run.folder, "V-3", trainer.ema_student, teacher, evaluation, val_set,
+               warning=fitness.warning(s.resolution, effect), push_to_hub=s.push_to_hub)
     accelerator.end_training()
-    if s.push_to_hub and accelerator.is_main_process:
-        with a_hub_error_is_one_line(s.push_to_hub, "; the student itself is saved"):
-            HfApi().create_repo(s.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=s.push_to_hub, folder_path=run.folder / "student")
 
 
 if __name__ == "__main__":

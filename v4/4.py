@@ -30,7 +30,7 @@ from common.files import from_root, make_folder, model_place
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
-from common.report import finish, summary, table
+from common.report import check_hub, finish, scores_table, summary
 from common.run import Run
 from common.sampling import encode_captions, make_scheduler
 from common.settings import parse, require, start
@@ -71,6 +71,7 @@ class Settings:
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
+    teacher_passes: tuple[int, ...] = (16, 8)  # passes of the teacher's that it shows beside those of --sample-steps
     also_passes: tuple[int, ...] = (1, 2, 8)  # numbers of steps that the closing table shows beside --passes
     sampler: Literal["ddpm", "ddim", "ddim-trailing"] = "ddpm"  # the teacher's
     sample_steps: int = 25  # of its sampler
@@ -88,6 +89,8 @@ class Settings:
     max_bad_steps: int = 20  # steps in a row without finite gradients that end the run
     save_every: int = 500  # steps between checkpoints
     log_every: int = 20  # steps between lines of metrics.jsonl
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # where losses, scores and sheets are logged too
+    push_to_hub: str = ""  # a hub repository (user/name) to upload the student to in the end
     seed: int = 0  # of everything random
 
 
@@ -184,7 +187,7 @@ def some_captions(dataset: CocoCaptions, count: int) -> list[str]:
 
 def main(s: Settings):
     require(s.teacher_steps % s.passes == 0, "--teacher-steps must be a multiple of --passes")
-    accelerator = start_accelerator(s.device)
+    accelerator = start_accelerator(s.device, track=s.track, out=s.out)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
     torch.manual_seed(s.seed)
@@ -194,6 +197,7 @@ def main(s: Settings):
     train_set = CocoCaptions(data, s.train_split, s.resolution)
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
+    check_hub(s.push_to_hub, accelerator, teacher, val_set)
     side = teacher.latent_side(s.resolution)
 
     # the student's start
@@ -230,6 +234,10 @@ def main(s: Settings):
     if s.eval_every:
         evaluator.teacher_images(s.eval_samples)
     evaluator.teacher_images(s.final_samples)
+    teacher_rows = {}
+    for passes in s.teacher_passes:  # two a step
+        shorter = dict(sampler="ddim-trailing", steps=passes // 2)
+        teacher_rows[f"teacher, {passes} passes"] = evaluator.teacher_scores(s.final_samples, **shorter)
     teacher.unet = None  # nothing asks it from here on: its memory is free
 
     trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
@@ -262,18 +270,20 @@ def main(s: Settings):
 
     evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, **few)
     run.record(s.steps, evaluation)
-    rows = {f"teacher, {2 * s.sample_steps} passes": evaluator.teacher_scores(s.final_samples)}
+    rows = {f"teacher, {2 * s.sample_steps} passes": evaluation.teacher_scores}
     for passes in sorted({*s.also_passes, s.passes}):
         again = passes == s.passes
         scored = evaluation if again else evaluator.evaluate(trainer.ema_student, s.final_samples, **few | {"steps": passes})
         rows[f"student, {passes} passes"] = scored.scores
+    run.log(step=s.steps, passes=teacher_rows | rows)
     if accelerator.is_main_process:
-        finish(run.folder, "V-4", trainer.ema_student, teacher, evaluation, evaluator.teacher_scores(s.final_samples),
-               how=evaluator.how(len(evaluation.images), **few), data=data, val_split=s.val_split, resolution=s.resolution,
-               warning=fitness.warning(s.resolution, effect), scheduler=trajectories.scheduler, inference=parameters)
-        print(f"\n{table(rows)}")
+        print(f"\n{scores_table(teacher_rows)}\n\n{scores_table(rows)}")
+        finish(run.folder, "V-4", trainer.ema_student, teacher, evaluation, val_set,
+               warning=fitness.warning(s.resolution, effect), scheduler=trajectories.scheduler, inference=parameters,
+               push_to_hub=s.push_to_hub)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    limits = {name: (1, 1000) for name in ("passes", "teacher_steps", "also_passes")}
+    limits = {name: (1, 1000) for name in ("passes", "teacher_steps", "also_passes")} | {"teacher_passes": (2, 2000)}
     start(main, parse(Settings, __doc__, MINI, limits=limits))
