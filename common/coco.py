@@ -1,45 +1,16 @@
-"""COCO captions from any folder in COCO's format: `<root>/<split>/*.jpg` and `<root>/annotations/captions_<split>.json`."""
+"""A set of captioned pictures from a folder of any format that `common.formats` knows."""
 
 import hashlib
 import json
-import math
 import os
-import re
 import stat
 from pathlib import Path, PurePath
 
 import torch
 
-from common.files import read_text
+from common.formats import COCO, captions_of, clean, find_format, place_of, read_pictures
 from common.images import load_image
-
-NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and halves of characters
-
-
-def clean(text: str) -> str:
-    """White space, and what is no text, as single spaces."""
-    words = NO_TEXT.sub(" ", text).split()
-    return " ".join(words)
-
-
-def captions_of(values) -> list[str]:
-    """The captions in what a JSON file holds: the strings that are not empty once they are `clean`.
-
-    `values` may be one string, a list, or anything else; what is not a string is no caption.
-    """
-    values = [values] if isinstance(values, str) else values
-    if not isinstance(values, list):
-        return []
-    captions = [clean(value) for value in values if isinstance(value, str)]
-    return [caption for caption in captions if caption]
-
-
-def id_of(value) -> int | float | str | None:
-    """An id as it is compared: 1.0 is 1. None for what is no id."""
-    if isinstance(value, float):
-        whole = int(value) if value.is_integer() else value
-        return whole if math.isfinite(value) else None
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+from common.settings import require
 
 
 class CocoCaptions(torch.utils.data.Dataset):
@@ -48,41 +19,29 @@ class CocoCaptions(torch.utils.data.Dataset):
     Item i is a (3, size_px, size_px) uint8 tensor, or None where the file cannot be decoded. `files[i]` is its name within
     the split's folder, `captions[i]` are its captions; `skipped` counts what was left out, by reason, and `examples` names
     the first five. Where one id stands for several files, none is used, as nobody knows whose its captions are.
-    Raises SystemExit with one line where the folder or its annotations cannot be used.
+    Where the format has no splits, `split` is ignored, a picture's id is its name, and those whose `place_of` lies in `part`
+    are taken: so a picture stays on its side whatever others are added.
+    Raises SystemExit with one line where the folder or its captions cannot be used.
     """
 
-    def __init__(self, root: str | Path, split: str, size_px: int, limit: int = 0):
-        self.root, self.split, self.size_px = Path(root), split, size_px
-        self.annotations = self.root / "annotations" / f"captions_{split}.json"
-        folder = self.root / split
-        if not self.annotations.is_file() or not folder.is_dir():
-            missing = folder if self.annotations.is_file() else self.annotations
-            raise SystemExit(
-                f"error: no COCO captions: {missing} is missing. Either download the set (about 20 GB):\n"
-                f"  python data/download_coco.py --out {self.root}\nor run the embedded world with --mini"
-            )
+    def __init__(self, root: str | Path, split: str, size_px: int, limit: int = 0, part: tuple[float, float] = (0, 1)):
+        self.root, self.size_px = Path(root), size_px
+        self.format = find_format(self.root)
+        self.split = split if self.format == COCO else ""
         self.files, self.captions, self.image_ids, self._stamps = [], [], [], []
         self._fingerprint = None  # half a second at COCO's size
         self.skipped, self.examples, self._skipped_names = {}, [], set()
-        try:
-            content = json.loads(read_text(self.annotations))
-            names, texts = {}, {}  # of each id; the names as a dict's keys, which keep their order
-            for image in content["images"]:
-                names.setdefault(id_of(image.get("id")), {})[image["file_name"]] = True
-            for annotation in content["annotations"]:
-                texts.setdefault(id_of(annotation.get("image_id")), []).append(annotation.get("caption"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SystemExit(
-                f"error: {self.annotations} is not a COCO captions file ({type(error).__name__}: {str(error)[:100]}); "
-                "download it again with data/download_coco.py"
-            ) from None
-        for image_id in sorted(names, key=lambda i: (0, i, "") if isinstance(i, int) else (1, 0, str(i))):
-            captions = captions_of(texts.get(image_id))
-            for name in names[image_id]:
+        others = 0
+        for image_id, names, written in read_pictures(self.root, self.format, split):
+            if self.format != COCO and not part[0] <= place_of(image_id) < part[1]:
+                others += 1
+                continue
+            captions = captions_of(written)
+            for name in names:
                 stamp = self._stamp(name)
                 if image_id is None:
                     self.skip("no id", name)
-                elif len(names[image_id]) > 1:
+                elif len(names) > 1:
                     self.skip("repeated id", name)
                 elif not stamp:
                     self.skip("missing file", name)
@@ -95,9 +54,12 @@ class CocoCaptions(torch.utils.data.Dataset):
                     self._stamps.append(stamp)
             if limit and len(self.files) == limit:
                 break
-        if not self.files:
-            found = self.left_out() or "none at all"
-            raise SystemExit(f"error: {self.annotations} names no picture in {folder} that has a caption: {found}")
+        left_out = self.left_out() or "none at all"
+        require(self.files or others and not self.skipped,
+                f"no picture in {self.root / self.split} can be used (captions in {self.format}): {left_out}")
+        side = "evaluation" if part[0] == 0 else "training"
+        require(len(self.files) > 1 or not others, f"--val-share leaves {len(self.files)} of the pictures in {self.root} for "
+                                                   f"{side}, which takes 2; change it, or add pictures")
 
     def _stamp(self, name) -> tuple[int, int] | None:
         """A file's size and its modification time in nanoseconds; None where the split's folder has no such file."""
@@ -137,8 +99,8 @@ class CocoCaptions(torch.utils.data.Dataset):
         bad = sum(self.skipped.values())
         total = len(self._skipped_names.union(self.files))
         if bad > max_broken * total:
-            raise SystemExit(f"error: {bad:,} of {total:,} pictures of {self.split} cannot be used: {self.left_out()}; "
-                             "mend the set, or allow more with --max-broken")
+            raise SystemExit(f"error: {bad:,} of {total:,} pictures of {self.split or self.root} cannot be used: "
+                             f"{self.left_out()}; mend the set, or allow more with --max-broken")
 
     def fingerprint(self) -> str:
         """A short hash of all that changes a number: split, size_px and every picture's name, size, time and captions.

@@ -34,9 +34,10 @@ class Settings:
     mini: bool = False  # the embedded world: the teacher in checkpoints/mini-teacher and drawn scenes, all offline
     teacher: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose autoencoder, text encoder and images are the reference
     model: str = ""  # the student's pipeline folder or run to measure; empty: the teacher alone
-    data: str = "data/coco2017"  # a folder in COCO's format
+    data: str = "data/coco2017"  # a folder in COCO's format, or own pictures with .txt, metadata.jsonl or .csv captions
     train_split: str = "train2017"  # the floor is measured on this split's images
     val_split: str = "val2017"  # the split whose captions are drawn
+    val_share: float = 0.05  # share of own pictures, which have no splits, that is held out for evaluation
     resolution: int = 64  # pixels a side
     samples: int = 5_000  # images, at most one a validation picture
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
@@ -80,8 +81,9 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
 def main(s: Settings):
     accelerator = start_accelerator(s.device)
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
-    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.samples)
-    train_set = CocoCaptions(data, s.train_split, s.resolution, limit=len(val_set)) if s.bounds else None
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.samples, part=(0, s.val_share))
+    train_set = CocoCaptions(data, s.train_split, s.resolution, len(val_set), (s.val_share, 1)) if s.bounds else None
+    accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, pick_dtype(s.dtype, accelerator.device))
     teacher.latent_side(s.resolution)
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")

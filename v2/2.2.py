@@ -42,9 +42,10 @@ from data.draw_mini import draw_mini
 class Settings:
     mini: bool = False  # the embedded world: the teacher in checkpoints/mini-teacher and drawn scenes, all offline
     teacher: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # a pipeline folder or a hub id
-    data: str = "data/coco2017"  # a folder in COCO's format
+    data: str = "data/coco2017"  # a folder in COCO's format, or own pictures with .txt, metadata.jsonl or .csv captions
     train_split: str = "train2017"  # <data>/<split>/ and annotations/captions_<split>.json
     val_split: str = "val2017"  # the split that evaluation takes its captions and pictures from
+    val_share: float = 0.05  # share of own pictures, which have no splits, that is held out for evaluation
     resolution: int = 64  # pixels a side
     flip: bool = False  # mirror half of the pictures, whatever their captions say of left and right
     out: str = "checkpoints/v2.2"  # the run's folder
@@ -116,8 +117,9 @@ def main(s: Settings):
 
     # data and teacher
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
-    train_set = CocoCaptions(data, s.train_split, s.resolution)
-    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
+    train_set = CocoCaptions(data, s.train_split, s.resolution, part=(s.val_share, 1))
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples, part=(0, s.val_share))
+    accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
     check_hub(s.push_to_hub, accelerator, teacher, val_set)
     noise_scheduler = teacher.noise_scheduler

@@ -1,6 +1,6 @@
 """Prepare training data as WebDataset shards, or check shards.
 
-    python v3/data.py --coco data/coco2017 --split train2017 --out data/shards   # a COCO folder
+    python v3/data.py --coco data/coco2017 --split train2017 --out data/shards   # a COCO folder, or own pictures
     python v3/data.py --urls laion.parquet --out data/shards                     # URLs and captions, through img2dataset
     python v3/data.py --check data/shards                                        # verify, count what is broken
 
@@ -30,8 +30,9 @@ from common.settings import parse, require, start
 
 @dataclass
 class Settings:
-    coco: str = ""  # a COCO folder to put into shards
+    coco: str = ""  # a folder to put into shards: in COCO's format, or own pictures with .txt, metadata.jsonl or .csv captions
     split: str = "train2017"  # its split
+    val_share: float = 0.05  # share of own pictures, which have no splits, that is left out; train with the same one
     urls: str = ""  # a .parquet or .csv list of URLs and captions to download
     url_column: str = "URL"  # its columns
     caption_column: str = "TEXT"
@@ -45,7 +46,8 @@ class Settings:
 
 def write_shards(s: Settings):
     """One sample a picture: its file as it is, and its captions and id in a .json."""
-    dataset, out = CocoCaptions(s.coco, s.split, size_px=64), Path(s.out)
+    dataset, out = CocoCaptions(s.coco, s.split, size_px=64, part=(s.val_share, 1)), Path(s.out)
+    print(f"data: {s.coco}, captions in {dataset.format}")
     make_folder(out, "--out")
     content = json.dumps({"set": dataset.fingerprint(), "samples": len(dataset), "shard_size": s.shard_size})
     note = out / "shards.json"

@@ -46,9 +46,10 @@ from data.draw_mini import draw_mini
 class Settings:
     mini: bool = False  # the embedded world: the teacher in checkpoints/mini-teacher and drawn scenes, all offline
     teacher: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # a pipeline folder or a hub id
-    data: str = "data/coco2017"  # a folder in COCO's format
+    data: str = "data/coco2017"  # a folder in COCO's format, or own pictures with .txt, metadata.jsonl or .csv captions
     train_split: str = "train2017"  # <data>/<split>/ and annotations/captions_<split>.json
     val_split: str = "val2017"  # the split that evaluation takes its captions and pictures from
+    val_share: float = 0.05  # share of own pictures, which have no splits, that is held out for evaluation
     shards: str = ""  # a folder or pattern of WebDataset .tar shards to train on in place of the train split
     resolution: int = 64  # pixels a side
     flip: bool = False  # mirror half of the pictures, whatever their captions say of left and right
@@ -131,8 +132,9 @@ def main(s: Settings):
 
     # data and teacher
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
-    train_set = None if s.shards else CocoCaptions(data, s.train_split, s.resolution)  # shards: below
-    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples)
+    train_set = None if s.shards else CocoCaptions(data, s.train_split, s.resolution, part=(s.val_share, 1))  # shards: below
+    val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples, part=(0, s.val_share))
+    accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
     noise_scheduler = teacher.noise_scheduler
     place = dict(batch_size=s.batch_size, seed=s.seed, device=accelerator.device, workers=s.workers, flip=s.flip,
