@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 import torch
 
-from common.formats import COCO, captions_of, clean, find_format, place_of, read_pictures
+from common.formats import COCO, captions_of, clean, find_format, read_pictures
 from common.images import load_image
 from common.settings import require
 
@@ -19,8 +19,7 @@ class CocoCaptions(torch.utils.data.Dataset):
     Item i is a (3, size_px, size_px) uint8 tensor, or None where the file cannot be decoded. `files[i]` is its name within
     the split's folder, `captions[i]` are its captions; `skipped` counts what was left out, by reason, and `examples` names
     the first five. Where one id stands for several files, none is used, as nobody knows whose its captions are.
-    Where the format has no splits, `split` is ignored, a picture's id is its name, and those whose `place_of` lies in `part`
-    are taken: so a picture stays on its side whatever others are added.
+    Where the format has no splits, a picture's id is its name, and a `part` of all pictures is taken in place of `split`.
     Raises SystemExit with one line where the folder or its captions cannot be used.
     """
 
@@ -31,11 +30,7 @@ class CocoCaptions(torch.utils.data.Dataset):
         self.files, self.captions, self.image_ids, self._stamps = [], [], [], []
         self._fingerprint = None  # half a second at COCO's size
         self.skipped, self.examples, self._skipped_names = {}, [], set()
-        others = 0
-        for image_id, names, written in read_pictures(self.root, self.format, split):
-            if self.format != COCO and not part[0] <= place_of(image_id) < part[1]:
-                others += 1
-                continue
+        for image_id, names, written in read_pictures(self.root, self.format, split, part):
             captions = captions_of(written)
             for name in names:
                 stamp = self._stamp(name)
@@ -54,12 +49,10 @@ class CocoCaptions(torch.utils.data.Dataset):
                     self._stamps.append(stamp)
             if limit and len(self.files) == limit:
                 break
-        left_out = self.left_out() or "none at all"
-        require(self.files or others and not self.skipped,
-                f"no picture in {self.root / self.split} can be used (captions in {self.format}): {left_out}")
-        side = "evaluation" if part[0] == 0 else "training"
-        require(len(self.files) > 1 or not others, f"--val-share leaves {len(self.files)} of the pictures in {self.root} for "
-                                                   f"{side}, which takes 2; change it, or add pictures")
+        whole = self.format == COCO or part == (0, 1)
+        needed, side = (1, "") if whole else (2, f" in the {part[1] - part[0]:.0%} that --val-share gives this side")
+        require(len(self.files) >= needed, f"{self.root / self.split} has {len(self.files)} usable pictures{side} (captions in "
+                                           f"{self.format}) and needs {needed}; left out: {self.left_out() or 'none'}")
 
     def _stamp(self, name) -> tuple[int, int] | None:
         """A file's size and its modification time in nanoseconds; None where the split's folder has no such file."""

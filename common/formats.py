@@ -37,19 +37,19 @@ def find_format(root: Path) -> str:
     return found[0]
 
 
-def read_pictures(root: Path, kind: str, split: str) -> Iterator[tuple]:
-    """The reader of the format `kind`. Only COCO's has splits."""
+def read_pictures(root: Path, kind: str, split: str, part: tuple[float, float]) -> Iterator[tuple]:
+    """The reader of the format `kind`: in COCO's of a split, in the others, which have none, of a `part` of the pictures."""
     if kind == COCO:
         return read_coco(root, split)
-    return read_txt(root) if kind == TXT else read_metadata(root / kind)
+    return read_txt(root, part) if kind == TXT else read_metadata(root / kind, part)
 
 
-def place_of(name: str) -> float:
-    """A number in [0, 1) that a file's name, without its extension, has for ever: a.jpg and a.png share their captions, so
-    they must not be parted either."""
+def is_in(part: tuple[float, float], name: str) -> bool:
+    """Whether a file lies in a part of all of them, such as (0, 0.05). Its name alone decides, so it stays there whatever is
+    added; not its extension, as a.jpg and a.png share their captions."""
     stem = os.path.splitext(name)[0].encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(stem, digest_size=4).digest()
-    return int.from_bytes(digest, "big") / 2**32
+    return part[0] <= int.from_bytes(digest, "big") / 2**32 < part[1]
 
 
 # --- what is written in the files -----------------------------------------------------------------------------------
@@ -110,28 +110,30 @@ def pictures_in(root: Path) -> Iterator[tuple[str, str]]:
     """(name within `root`, path of the .txt of the same name or "") of every picture; what is hidden is none."""
     for folder, inner, files in os.walk(root):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        place = Path(folder).relative_to(root)
+        place = Path(folder).relative_to(root).as_posix() + "/"
         texts = {os.path.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
         for name in files:
             stem, extension = os.path.splitext(name)
             if extension.lower() in PICTURES and not name.startswith("."):
                 text = texts.get(stem)
-                yield (place / name).as_posix(), os.path.join(folder, text) if text else ""
+                yield place.removeprefix("./") + name, os.path.join(folder, text) if text else ""
 
 
-def read_txt(root: Path):
+def read_txt(root: Path, part: tuple[float, float]):
     for name, text in sorted(pictures_in(root)):
-        yield name, [name], read_text(text).splitlines() if text else []
+        if is_in(part, name):
+            yield name, [name], read_text(text).splitlines() if text else []
 
 
-def read_metadata(path: Path):
+def read_metadata(path: Path, part: tuple[float, float]):
     """A picture that several lines name has the captions of all of them."""
     captions = {}
     for row in jsonl_rows(path) if path.suffix == ".jsonl" else csv_rows(path):
         found = captions_of(row.get("text")) or captions_of(row.get("caption")) or captions_of(row.get("captions"))
         captions.setdefault(row["file_name"] or "", []).extend(found)
     for name in sorted(captions):
-        yield name, [name], captions[name]
+        if is_in(part, name):
+            yield name, [name], captions[name]
 
 
 def jsonl_rows(path: Path) -> Iterator[dict]:

@@ -188,7 +188,7 @@ def test_two_formats_at_once_are_both_named(tmp_path, first, second):
 @pytest.mark.parametrize("kind", [".txt", "metadata.jsonl", "metadata.csv"])
 def test_no_caption_at_all_is_one_line(tmp_path, kind):
     make_set(tmp_path, kind, {name: [""] for name in CAPTIONS})
-    assert "can be used" in refused(tmp_path) and "3 no caption, such as a.png" in refused(tmp_path)
+    assert "has 0 usable pictures (captions in" in refused(tmp_path) and "3 no caption, such as a.png" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("path", [*VERSIONS, "v3/data.py"])
@@ -225,9 +225,9 @@ def test_adding_pictures_moves_none_to_the_other_side(tmp_path, kind):
 
 def test_a_share_that_leaves_a_side_too_few_pictures_is_one_line(tmp_path):
     make_set(tmp_path, ".txt", CAPTIONS)
-    assert "--val-share leaves 0 of the pictures" in refused(tmp_path, part=(0, 0.001))
-    assert "for evaluation, which takes 2" in refused(tmp_path, part=(0, 0))
-    assert "for training, which takes 2" in refused(tmp_path, part=(0.999, 1))
+    assert "has 0 usable pictures in the 1% that --val-share gives this side" in refused(tmp_path, part=(0, 0.01))
+    assert "and needs 2; left out: none" in refused(tmp_path, part=(0, 0))
+    assert "--val-share" in refused(tmp_path, part=(0.999, 1))
     assert len(opened(tmp_path, part=(0, 1))) == 3
 
 
