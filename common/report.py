@@ -265,7 +265,7 @@ def model_card(title: str, teacher_name: str, data: str, val_split: str, resolut
     teacher, data, licence = Path(teacher_name).name, Path(data).name, licence_of(teacher_name)
     numbers = {name: round(value, 5) for name, value in scores.items()
                if isinstance(value, float) and value == value and name != "seconds an image"}
-    results = [EvalResult(task_type="text-to-image", dataset_type=data, dataset_name=f"{data} ({val_split})",
+    results = [EvalResult(task_type="text-to-image", dataset_type=data, dataset_name=f"{data} ({val_split or 'held out'})",
                           metric_type=name, metric_name=name, metric_value=value) for name, value in numbers.items()]
     metadata = ModelCardData(
         model_name=title, library_name="diffusers", pipeline_tag="text-to-image", license=licence,

@@ -308,7 +308,7 @@ def test_200_own_pictures_at_the_true_size(tmp_path):
     held_out = len(opened(root, part=(0, 0.05)))
     assert 2 <= held_out < 25
     done = run_apart("v2/2.2.py", "--data", root, "--teacher", tmp_path / "sd15", "--device", "cpu", "--steps", "2",
-                     "--batch-size", "2", "--store", "1", "--eval-every", "1", "--sample-steps", "2", "--out", tmp_path / "run",
+                     "--batch-size", "2", "--store", "0", "--eval-every", "1", "--sample-steps", "2", "--out", tmp_path / "run",
                      "--cache-folder", tmp_path / "cache", env=os.environ | {"TORCH_HOME": str(tmp_path / "torch")})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert f"data: {root}, captions in .txt files beside the pictures" in done.stdout
@@ -316,3 +316,5 @@ def test_200_own_pictures_at_the_true_size(tmp_path):
     rows = [line["evaluation"] for line in lines(tmp_path / "run") if "evaluation" in line]
     assert [row["samples"] for row in rows] == [held_out] * 2 and {"FID", "KID", "LPIPS"} <= set(rows[-1])
     assert np.isfinite(list(rows[-1].values())).all()
+    card = (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
+    assert "name: my-pictures (held out)" in card and f"{held_out} samples" in card
