@@ -195,8 +195,8 @@ def test_no_caption_at_all_is_one_line(tmp_path, kind):
 def test_a_folder_of_no_format_is_one_line_that_names_them_all(tmp_path, path):
     put(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "about.txt").write_text("holiday", "utf-8")
-    option = "--coco" if path == "v3/data.py" else "--data"
-    line = refusal(path, option, tmp_path / "pictures", "--out" if path != "common/evaluate.py" else "--sheet", tmp_path / "x")
+    place = "--sheet" if path == "common/evaluate.py" else "--out"
+    line = refusal(path, "--data", tmp_path / "pictures", place, tmp_path / "x")
     for name in ("COCO", ".txt", "metadata.jsonl", "metadata.csv", "download_coco.py"):
         assert name in line
     assert not (tmp_path / "x").exists()
@@ -275,7 +275,7 @@ def test_every_script_says_which_format_it_found(tmp_path, path):
 def test_shards_hold_the_training_side_of_own_pictures(tmp_path):
     captions = {f"sub/{k}.png": [f"picture {k}", "another"] for k in range(40)}
     root = make_set(tmp_path / "my pictures", ".txt", captions)
-    done = run("v3/data.py", "--coco", root, "--val-share", "0.3", "--shard-size", "10", "--out", tmp_path / "shards")
+    done = run("v3/data.py", "--data", root, "--val-share", "0.3", "--shard-size", "10", "--out", tmp_path / "shards")
     assert done.returncode == 0 and f"data: {root}, captions in .txt files" in done.stdout, done.stderr
     found = list(coco_dataset.samples(coco_dataset.find_shards(str(tmp_path / "shards"))))
     held_out = opened(root, part=(0, 0.3)).files

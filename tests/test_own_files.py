@@ -475,7 +475,7 @@ def test_the_fingerprint_sees_every_change_and_no_other_place(tmp_path):
 # ---- shards ----
 
 def write(root, out, **options):
-    data.main(data.Settings(coco=str(root), split="train", out=str(out), **options))
+    data.main(data.Settings(data=str(root), split="train", out=str(out), **options))
     return [sample for sample in coco_dataset.samples(coco_dataset.find_shards(str(out)))]
 
 

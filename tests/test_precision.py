@@ -51,7 +51,7 @@ def command(name, small_set, shards, cache, out, dtype):
 def shards(small_set, tmp_path_factory):
     pytest.importorskip("webdataset", reason="pip install -r v3/requirements.txt")
     out = tmp_path_factory.mktemp("shards")
-    done = run("v3/data.py", "--coco", small_set, "--split", "train", "--shard-size", "12", "--out", out)
+    done = run("v3/data.py", "--data", small_set, "--split", "train", "--shard-size", "12", "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 

@@ -288,7 +288,7 @@ def test_an_epoch_sees_every_sample_once(processes, accumulate):
 @pytest.fixture(scope="module")
 def shards(small_set, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards")
-    done = run("v3/data.py", "--coco", str(small_set), "--split", "train", "--shard-size", "6", "--out", str(out))
+    done = run("v3/data.py", "--data", str(small_set), "--split", "train", "--shard-size", "6", "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -317,7 +317,7 @@ def keys_of(stream, worker, workers, epochs=1):
 
 def test_shards_of_another_set_or_size_are_not_mixed(small_set, shards):
     for other in (["--split", "val"], ["--split", "train", "--shard-size", "5"]):
-        assert "another --out" in refusal("v3/data.py", "--coco", small_set, *other, "--out", shards)
+        assert "another --out" in refusal("v3/data.py", "--data", small_set, *other, "--out", shards)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,6 @@
 """Prepare training data as WebDataset shards, or check shards.
 
-    python v3/data.py --coco data/coco2017 --split train2017 --out data/shards   # a COCO folder, or own pictures
+    python v3/data.py --data data/coco2017 --split train2017 --out data/shards   # a COCO folder, or own pictures
     python v3/data.py --urls laion.parquet --out data/shards                     # URLs and captions, through img2dataset
     python v3/data.py --check data/shards                                        # verify, count what is broken
 
@@ -30,7 +30,7 @@ from common.settings import parse, require, start
 
 @dataclass
 class Settings:
-    coco: str = ""  # a folder to put into shards: in COCO's format, or own pictures with .txt, metadata.jsonl or .csv captions
+    data: str = ""  # a folder to put into shards: in COCO's format, or own pictures with .txt, metadata.jsonl or .csv captions
     split: str = "train2017"  # its split
     val_share: float = 0.05  # share of own pictures, which have no splits, that is left out; train with the same one
     urls: str = ""  # a .parquet or .csv list of URLs and captions to download
@@ -46,8 +46,8 @@ class Settings:
 
 def write_shards(s: Settings):
     """One sample a picture: its file as it is, and its captions and id in a .json."""
-    dataset, out = CocoCaptions(s.coco, s.split, size_px=64, part=(s.val_share, 1)), Path(s.out)
-    print(f"data: {s.coco}, captions in {dataset.format}")
+    dataset, out = CocoCaptions(s.data, s.split, size_px=64, part=(s.val_share, 1)), Path(s.out)
+    print(f"data: {s.data}, captions in {dataset.format}")
     make_folder(out, "--out")
     content = json.dumps({"set": dataset.fingerprint(), "samples": len(dataset), "shard_size": s.shard_size})
     note = out / "shards.json"
@@ -148,11 +148,11 @@ def check_shards(pattern: str) -> int:
 
 
 def main(s: Settings):
-    given = [option for option in (s.coco, s.urls, s.check) if option]
-    require(len(given) == 1, "give one of --coco, --urls and --check")
+    given = [option for option in (s.data, s.urls, s.check) if option]
+    require(len(given) == 1, "give one of --data, --urls and --check")
     if s.check:
         raise SystemExit(1 if check_shards(s.check) else 0)
-    write_shards(s) if s.coco else download_urls(s)
+    write_shards(s) if s.data else download_urls(s)
 
 
 if __name__ == "__main__":
