@@ -232,6 +232,23 @@ def test_comfyuis_rules_take_what_export_says(teacher, channels, layers, mid_blo
         assert export.comfyui_objection(SimpleNamespace(**better)) == ""
 
 
+def test_gaps_are_where_stable_diffusion_cpp_expects_them(teacher, tmp_path):
+    """The blocks of UnetModelBlock's constructor in its src/unet.hpp, tiny_unet."""
+    unet = slice_unet(teacher.unet, student_config(teacher.unet, (32, 64, 128), 1, mid_block=False))
+    folder, file = save_pipeline(tmp_path / "p", unet=unet), tmp_path / "s.safetensors"
+    done = run("v3/export.py", "--model", folder, "--single-file", file, "--gaps")
+    assert done.returncode == 0, done.stderr
+    blocks = {".".join(name.split(".")[2:5]) for name in shapes_in(file) if "put_blocks" in name}
+    down = ["0.0", "1.0", "1.1", "3.0", "4.0", "4.1", "6.0", "7.0", "7.1"]
+    up = ["0.0", "0.1", "1.0", "1.1", "2.1", "3.0", "3.1", "4.0", "4.1", "5.2", "6.0", "6.1", "7.0", "7.1"]
+    assert blocks == {f"input_blocks.{block}" for block in down} | {f"output_blocks.{block}" for block in up}
+    with safe_open(file, "pt") as weights:
+        last = weights.get_tensor("model.diffusion_model.output_blocks.5.2.conv.weight")
+        assert torch.equal(last, unet.up_blocks[1].upsamplers[0].conv.weight)
+    assert "--gaps is for sd_tiny" in refusal("v3/export.py", "--model", TEACHER, "--single-file", tmp_path / "t.safetensors",
+                                              "--gaps")
+
+
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 

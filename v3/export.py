@@ -4,10 +4,10 @@
     python v3/export.py --model checkpoints/v2.2 --single-file student.safetensors          # CompVis' original layout
     python v3/export.py --model checkpoints/v2.2 --onnx student-onnx                        # for v3/draw_onnx.py, without torch
 
-The single file numbers its blocks without gaps, whatever the levels and layers. It has names and tensors only, so a program
-that reads it takes from elsewhere how many groups, heads and passes there are, and the noise schedule. diffusers asks a folder:
-StableDiffusionPipeline.from_single_file("student.safetensors", config="checkpoints/v2.2/student", local_files_only=True).
-Other programs assume SD-1.5's; where this student differs, or ComfyUI would misread it, that is printed.
+The single file numbers its blocks without gaps, whatever the levels and layers (--gaps: as stable-diffusion.cpp wants them).
+It has names and tensors only: the numbers of groups, heads and steps and the noise schedule are not in it. diffusers takes them
+from a folder: StableDiffusionPipeline.from_single_file("student.safetensors", config="checkpoints/v2.2/student",
+local_files_only=True). Other programs assume SD-1.5's, and some load few shapes; what stands in the way is printed.
 """
 
 import importlib.util
@@ -41,6 +41,7 @@ class Settings:
     model: str = "checkpoints/v2.2"  # a run's folder, a pipeline folder or a hub id
     half: str = ""  # the pipeline folder to write, in fp16
     single_file: str = ""  # the .safetensors file to write, in the layout of CompVis' Stable Diffusion
+    gaps: bool = False  # number --single-file's blocks as stable-diffusion.cpp expects of sd_tiny (320,640,1280)
     onnx: str = ""  # the folder to write, of ONNX files and what it takes to draw with them
 
 
@@ -56,26 +57,26 @@ VAE_MIDDLE = {"mid_block.resnets.0": "mid.block_1", "mid_block.attentions.0": "m
               "mid_block.resnets.1": "mid.block_2"}
 
 
-def unet_places(unet) -> dict[str, str]:
+def unet_places(unet, gaps: bool = False) -> dict[str, str]:
     """The original name of every part of a U-Net. Each resnet, with its attention, is a block of its own, and so is a
-    downsampler; an upsampler belongs to the block before it."""
-    places, number = dict(UNET), 1
+    downsampler; an upsampler belongs to the block before it.
+
+    `gaps`: blocks keep their numbers of two layers a level where there is one, and an upsampler has its own, as diffusers'
+    script of 2022 wrote BK-SDM's students; stable-diffusion.cpp (src/unet.hpp, tiny_unet) expects that.
+    """
+    places = dict(UNET)
+    pitch = 3 if gaps else unet.config.layers_per_block + 1
     for i, block in enumerate(unet.down_blocks):
         for j in range(len(block.resnets)):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
-            number += 1
-        if block.downsamplers:
-            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-            number += 1
-    number = 0
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + pitch * i + j}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + pitch * i + j}.1"
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{pitch * (i + 1)}.0.op"
     for i, block in enumerate(unet.up_blocks):
         for j in range(len(block.resnets)):
-            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
-            number += 1
-        behind = 2 if hasattr(block, "attentions") else 1
-        places[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{number - 1}.{behind}"
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{pitch * i + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{pitch * i + j}.1"
+        behind = 2 if hasattr(block, "attentions") and not (gaps and i == 0) else 1
+        places[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{pitch * (i + 1) - 1}.{behind}"
     return places
 
 
@@ -110,10 +111,10 @@ def renamed(name: str, names: dict[str, str]) -> str:
     return name  # within a transformer the names are the original ones
 
 
-def original_weights(model: Teacher) -> dict[str, torch.Tensor]:
+def original_weights(model: Teacher, gaps: bool = False) -> dict[str, torch.Tensor]:
     """All weights, contiguous, under the names of CompVis' Stable Diffusion."""
     weights = {}
-    places = unet_places(model.unet)
+    places = unet_places(model.unet, gaps)
     for name, weight in model.unet.state_dict().items():
         place, rest = located(name, places)
         weights[f"model.diffusion_model.{place}.{renamed(rest, RESNET)}"] = weight.contiguous()
@@ -155,6 +156,13 @@ def comfyui_objection(config) -> str:
         return ""
     ours, theirs = (",".join(map(str, channels)) for channels in (widths, loads))
     return f"it reads each width as a multiple of the first and so misreads {ours}; a student with --channels {theirs} loads"
+
+
+def is_sd_tiny(config) -> bool:
+    """Whether it has the levels that stable-diffusion.cpp builds for a U-Net without a middle block."""
+    first = config.block_out_channels[0]
+    widths = (first, 2 * first, 4 * first)
+    return tuple(config.block_out_channels) == widths and config.layers_per_block == 1 and config.mid_block_type is None
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
@@ -267,6 +275,8 @@ def main(s: Settings):
     unfinished = (Path(place) / "settings.json").is_file() and not (Path(place) / "unet").is_dir()
     require(not unfinished, f"{s.model} has no student/ yet; let its run end first: the same command with --resume")
     model = load_teacher(place, torch.device("cpu"), what="the model")
+    require(not s.gaps or is_sd_tiny(model.unet.config), "--gaps is for sd_tiny uncut (python v3/train_student_kd.py --size "
+            "sd_tiny --channels 320,640,1280); stable-diffusion.cpp loads no other student")
     model.unet.to(memory_format=torch.contiguous_format)
     how = drawn_with(place)
     for option, target in targets.items():
@@ -275,7 +285,7 @@ def main(s: Settings):
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         with full_disk_is_one_line(parent, "what was written of it is removed", remove=partial):
             if option == "--single-file":
-                write_atomically(target, save(original_weights(model), {"format": "pt"}))
+                write_atomically(target, save(original_weights(model, s.gaps), {"format": "pt"}))
                 continue
             partial.mkdir()
             if option == "--onnx":
@@ -286,7 +296,8 @@ def main(s: Settings):
     if s.single_file:
         for line in not_in_the_file(model, how):
             print(line)
-        objection = comfyui_objection(model.unet.config)
+        gaps = "it stops at the first gap" if s.gaps else ""
+        objection = gaps or comfyui_objection(model.unet.config)
         print(f"warning: ComfyUI does not load this file: {objection}" if objection else "ComfyUI's rules take this file")
     print("written:", ", ".join(map(str, targets.values())))
 
