@@ -360,8 +360,12 @@ def test_refusals_are_one_line(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
 
 
-@pytest.mark.parametrize("option, name", [("--half", "h"), ("--single-file", "s.safetensors")])
+@pytest.mark.parametrize("option, name", [("--half", "h"), pytest.param("--single-file", "s.safetensors", marks=SLOW),
+                                          pytest.param("--onnx", "o", marks=SLOW)])
 def test_a_full_disk_is_one_line_and_leaves_nothing(small_disk, option, name):
+    if option == "--onnx":
+        pytest.importorskip("onnx", reason="pip install -r v3/requirements.txt")
+        pytest.importorskip("onnxruntime", reason="pip install -r v3/requirements.txt")
     disk, grow = small_disk
     arguments = ("v3/export.py", "--model", TEACHER, option, disk / name)
     assert "is full" in refusal(*arguments) and not list(disk.iterdir())

@@ -53,16 +53,16 @@ UNET = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0"
         "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2", "conv_norm_out": "out.0", "conv_out": "out.2"}
 VAE = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-VAE_MIDDLE = {"mid_block.resnets.0": "mid.block_1", "mid_block.attentions.0": "mid.attn_1",
-              "mid_block.resnets.1": "mid.block_2"}
+VAE_ENDS = {"conv_in": "conv_in", "mid_block.resnets.0": "mid.block_1", "mid_block.attentions.0": "mid.attn_1",
+            "mid_block.resnets.1": "mid.block_2", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
 
 
 def unet_places(unet, gaps: bool = False) -> dict[str, str]:
     """The original name of every part of a U-Net. Each resnet, with its attention, is a block of its own, and so is a
     downsampler; an upsampler belongs to the block before it.
 
-    `gaps`: blocks keep their numbers of two layers a level where there is one, and an upsampler has its own, as diffusers'
-    script of 2022 wrote BK-SDM's students; stable-diffusion.cpp (src/unet.hpp, tiny_unet) expects that.
+    `gaps`: three blocks a level, even where there is one layer, and an upsampler has its own: what a conversion with SD-1.5's
+    numbers written into it makes of sd_tiny, and what stable-diffusion.cpp expects (src/unet.hpp, tiny_unet).
     """
     places = dict(UNET)
     pitch = 3 if gaps else unet.config.layers_per_block + 1
@@ -84,17 +84,14 @@ def vae_places(vae) -> dict[str, str]:
     """The original name of every part of an autoencoder, whose decoder counts its levels from the outermost."""
     places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels = len(vae.config.block_out_channels)
-    for half, blocks, there in (("encoder", "down_blocks", "down"), ("decoder", "up_blocks", "up")):
-        for name in ("conv_in", "conv_out"):
-            places[f"{half}.{name}"] = f"{half}.{name}"
-        places[f"{half}.conv_norm_out"] = f"{half}.norm_out"
-        for ours, theirs in VAE_MIDDLE.items():
-            places[f"{half}.{ours}"] = f"{half}.{theirs}"
-        for i, block in enumerate(getattr(vae, half).get_submodule(blocks)):
-            level = f"{half}.{there}.{i if half == 'encoder' else levels - 1 - i}"
+    for part, way in (("encoder", "down"), ("decoder", "up")):
+        for ours, theirs in VAE_ENDS.items():
+            places[f"{part}.{ours}"] = f"{part}.{theirs}"
+        for i, block in enumerate(vae.get_submodule(f"{part}.{way}_blocks")):
+            level = i if part == "encoder" else levels - 1 - i
             for j in range(len(block.resnets)):
-                places[f"{half}.{blocks}.{i}.resnets.{j}"] = f"{level}.block.{j}"
-            places[f"{half}.{blocks}.{i}.{there}samplers.0"] = f"{level}.{there}sample"
+                places[f"{part}.{way}_blocks.{i}.resnets.{j}"] = f"{part}.{way}.{level}.block.{j}"
+            places[f"{part}.{way}_blocks.{i}.{way}samplers.0"] = f"{part}.{way}.{level}.{way}sample"
     return places
 
 
@@ -203,8 +200,8 @@ def largest_difference(network: nn.Module, path: Path, inputs: dict[str, torch.T
     return difference.item(), (difference / expected.abs().max()).item()
 
 
-def write_onnx(model: Teacher, how: dict, folder: Path):
-    """Write the three networks, for pictures of the trained size and any batch, the tokenizer and `drawing.json`.
+def write_networks(model: Teacher, folder: Path):
+    """Write the three networks, for pictures of the trained size and any batch.
 
     Raises SystemExit where ONNX Runtime computes something else than PyTorch.
     """
@@ -237,13 +234,18 @@ def write_onnx(model: Teacher, how: dict, folder: Path):
         print(f"{path.name}: differs from PyTorch by at most {difference:.1e}, {share:.1e} of the largest output")
         require(share < 1e-3, f"{path.name} computes something else than PyTorch; onnxruntime may be too old: pip install -U "
                 "onnx onnxruntime")
+
+
+def write_drawing(model: Teacher, how: dict, folder: Path):
+    """Write what v3/draw_onnx.py takes besides: the tokenizer, which pads and cuts by itself, and DDIM's numbers."""
+    tokens = model.tokenizer.model_max_length
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
     tokenizer.enable_truncation(tokens)
     tokenizer.enable_padding(length=tokens, pad_id=model.tokenizer.pad_token_id, pad_token=model.tokenizer.pad_token)
     tokenizer.save(str(folder / "tokenizer.json"))
     scheduler = make_scheduler("ddim-trailing", model.noise_scheduler)
-    drawing = {"steps": 25, "guidance": 5.0} | {name: how[name] for name in how if name != "sampler"}
-    drawing |= {"alphas_cumprod": scheduler.alphas_cumprod.tolist(), "last_alpha": scheduler.final_alpha_cumprod.item()}
+    drawing = {"steps": how.get("steps", 25), "guidance": how.get("guidance", 5.0),
+               "alphas_cumprod": scheduler.alphas_cumprod.tolist(), "last_alpha": scheduler.final_alpha_cumprod.item()}
     (folder / "drawing.json").write_text(json.dumps(drawing), "utf-8")
 
 
@@ -259,6 +261,27 @@ def write_half(model: Teacher, folder: Path):
     pipeline.to(torch.float16).save_pretrained(folder)
     if (source / "README.md").is_file():  # the card may say how to draw
         shutil.copy(source / "README.md", folder)
+
+
+def write(option: str, target: Path, model: Teacher, how: dict, gaps: bool):
+    """Write what `option` names, whole or not at all. Raises SystemExit where the disk is full."""
+    parent = make_folder(target.absolute().parent, option)
+    partial = parent / f"{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        with full_disk_is_one_line(parent, "what was written of it is removed"):
+            if option == "--single-file":
+                write_atomically(target, save(original_weights(model, gaps), {"format": "pt"}))
+                return
+            partial.mkdir()
+            if option == "--onnx":
+                write_networks(model, partial)
+                write_drawing(model, how, partial)
+            else:
+                write_half(model, partial)
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main(s: Settings):
@@ -277,22 +300,12 @@ def main(s: Settings):
     model = load_teacher(place, torch.device("cpu"), what="the model")
     require(not s.gaps or is_sd_tiny(model.unet.config), "--gaps is for sd_tiny uncut (python v3/train_student_kd.py --size "
             "sd_tiny --channels 320,640,1280); stable-diffusion.cpp loads no other student")
+    index = model.folder() / "model_index.json"
+    require(not s.half or index.is_file(), f"{s.model} is no diffusers pipeline folder (it has no model_index.json)")
     model.unet.to(memory_format=torch.contiguous_format)
     how = drawn_with(place)
     for option, target in targets.items():
-        parent = make_folder(target.absolute().parent, option)
-        partial = parent / f"{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        with full_disk_is_one_line(parent, "what was written of it is removed", remove=partial):
-            if option == "--single-file":
-                write_atomically(target, save(original_weights(model, s.gaps), {"format": "pt"}))
-                continue
-            partial.mkdir()
-            if option == "--onnx":
-                write_onnx(model, how, partial)
-            else:
-                write_half(model, partial)
-            partial.rename(target)
+        write(option, target, model, how, s.gaps)
     if s.single_file:
         for line in not_in_the_file(model, how):
             print(line)
