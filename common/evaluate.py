@@ -1,8 +1,9 @@
-"""Measure a teacher, or a student beside it, in either world.
+"""Measure a teacher, and students beside it, in either world.
 
     python -m common.evaluate --mini                                          # the embedded teacher, 5,000 samples
     python -m common.evaluate --mini --model checkpoints/v2.2-mini/student    # a student, against the same teacher
     python -m common.evaluate --model checkpoints/v2.2/student                # a student of SD-1.5's, FID on COCO
+    python -m common.evaluate --mini --model checkpoints/v2.2-mini,checkpoints/v4-mini --passes 2,4,8,16,50   # in few passes
 
 The floor is what training images score against validation images at the same count, the ceiling pure noise.
 """
@@ -16,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from matplotlib.figure import Figure
 
 from common.coco import CocoCaptions, images
 from common.files import from_root, make_folder, model_place
 from common.metrics import Evaluator
 from common.mini import caption_scores
-from common.report import drawn_with, save_sheet, scores_table
+from common.report import drawn_with, label, save_sheet, scores_table, table
 from common.sampling import reconstruct
 from common.settings import parse, require, start
 from common.teacher import load_teacher, load_unet
@@ -33,7 +35,7 @@ from data.draw_mini import draw_mini
 class Settings:
     mini: bool = False  # the embedded world: the teacher in checkpoints/mini-teacher and drawn scenes, all offline
     teacher: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose autoencoder, text encoder and images are the reference
-    model: str = ""  # the student's pipeline folder or run to measure; empty: the teacher alone
+    model: tuple[str, ...] = ()  # students' pipeline folders or runs to measure; none: the teacher alone
     data: str = "data/coco2017"  # a folder in COCO's format, or own pictures with .txt, metadata.jsonl or .csv captions
     train_split: str = "train2017"  # the floor is measured on this split's images
     val_split: str = "val2017"  # the split whose captions are drawn
@@ -46,9 +48,11 @@ class Settings:
     guidance: float = 5.0  # classifier-free guidance scale
     seed: int = 0  # of the noise
     batch: int = 100  # images sampled at a time
+    passes: tuple[int, ...] = ()  # also draw by so many U-Net passes, of which a step with guidance takes two
+    curve: str = ""  # a PNG to write, with the distance against the passes
     bounds: bool = True  # also measure the floor and the ceiling, and the autoencoder
     ship: bool = False  # keep the teacher's images beside its weights, where evaluations look first
-    sheet: str = ""  # a PNG to write, with 64 captions and the measured model's images
+    sheet: str = ""  # a PNG to write, with captions and images: a row a model, or 64 of the one that is measured
     cache_folder: str = "data/cache"  # holds the evaluations' frozen side
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
     workers: int = 2  # processes that decode pictures; 0: this one
@@ -78,7 +82,38 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
     return {"floor: training images": floor, "ceiling: noise": evaluator.score(noise)}
 
 
+def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int) -> dict:
+    """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher."""
+    found = {}
+    for number in passes:
+        steps = number // (2 if guidance > 1 else 1)
+        if not steps:
+            continue
+        options = dict(sampler="ddim-trailing", steps=steps, guidance=guidance)
+        if title == "teacher":
+            found[number] = evaluator.teacher_scores(count, **options)
+        else:
+            found[number] = evaluator.evaluate(unet, count, **options).scores
+    return found
+
+
+def save_curve(path: Path, few: dict[str, dict], score: str):
+    """A PNG of one score against the passes, a line a model."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for title, found in few.items():
+        style = dict(color="gray", linestyle=":") if title == "teacher" else {}
+        axis.plot(list(found), [scores[score] for scores in found.values()], marker="o", label=title, **style)
+    axis.set(xlabel="U-Net passes a picture", ylabel=label(score), xscale="log", yscale="log")
+    ticks = sorted({number for found in few.values() for number in found})
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+    axis.legend()
+    figure.savefig(path, dpi=100)
+
+
 def main(s: Settings):
+    require(s.passes or not s.curve, "--curve needs --passes, such as --passes 2,4,8,16,50")
     accelerator = start_accelerator(s.device)
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.samples, part=(0, s.val_share))
@@ -94,23 +129,36 @@ def main(s: Settings):
                           workers=s.workers, more_scores=more_scores)
 
     count = len(evaluator.captions)
-    shown = evaluator.teacher_images(count, keep=Path(teacher.name) / "evaluation" if s.ship else None)
-    rows = {"teacher": evaluator.teacher_scores(count)}
-    if s.model:
-        place = model_place(s.model)
+    shown = {"teacher": evaluator.teacher_images(count, keep=Path(teacher.name) / "evaluation" if s.ship else None)}
+    rows, few = {"teacher": evaluator.teacher_scores(count)}, {}
+    if s.passes:
+        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count)
+    for name in s.model:
+        place = model_place(name)
         unet = load_unet(place, what="the model").to(accelerator.device)
         ours, theirs = unet.config.in_channels, teacher.unet.config.in_channels
-        require(ours == theirs, f"{s.model} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
+        require(ours == theirs, f"{name} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
         own = drawn_with(place)  # a student of few steps
         evaluation = evaluator.evaluate(unet, count, **own)
-        accelerator.print(f"student: {evaluation.how}")
-        shown, rows["student"] = evaluation.images, evaluation.scores
+        run = Path(place).parent if Path(place).name == "student" else Path(place)
+        title = f"{run.name} ({len(rows)})" if run.name in rows else run.name
+        accelerator.print(f"{title}: {evaluation.how}")
+        shown[title], rows[title] = evaluation.images, evaluation.scores
+        if s.passes:
+            few[title] = few_passes(evaluator, unet, title, s.passes, own.get("guidance", s.guidance), count)
     if s.sheet and accelerator.is_main_process:
-        save_sheet(Path(s.sheet), {"": shown[:64]}, evaluator.captions)
+        last = list(shown.values())[-1]
+        save_sheet(Path(s.sheet), shown if len(shown) > 2 else {"": last[:64]}, evaluator.captions)
     if s.bounds:
         rows |= measure_bounds(evaluator, train_set, val_set, teacher.vae, s.seed, s.workers)
     accelerator.print(f"teacher: {evaluator.how(count)}\n\n{scores_table(rows)}")
+    if s.passes:
+        score = evaluator.fd_name + " to reconstructions"
+        distances = {title: {f"{number}": scores[score] for number, scores in found.items()} for title, found in few.items()}
+        accelerator.print(f"\n{label(score)} by passes a picture:\n{table(distances)}")
+    if s.curve and accelerator.is_main_process:
+        save_curve(Path(s.curve), few, score)
 
 
 if __name__ == "__main__":
-    start(main, parse(Settings, __doc__, MINI))
+    start(main, parse(Settings, __doc__, MINI, limits={"passes": (1, 2000)}))

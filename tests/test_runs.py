@@ -269,13 +269,17 @@ def test_linear_against_closed_form():
 def test_a_student_and_its_teacher_are_measured_beside_their_bounds(small_set, cache, tmp_path):
     """`common.evaluate --mini`, on the teacher's own U-Net as the student: the rows agree but for the time."""
     done = run("common/evaluate.py", "--mini", "--data", small_set, "--model", TEACHER, "--samples", "6", "--sample-steps", "2",
-               "--device", "cpu", "--cache-folder", cache, "--sheet", tmp_path / "sheet.png")
+               "--device", "cpu", "--cache-folder", cache, "--sheet", tmp_path / "sheet.png", "--passes", "1,4", "--curve",
+               tmp_path / "curve.png")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "sheet.png").is_file() and "dB PSNR over 6 validation images" in done.stdout
     assert "6 samples, 2 DDPM steps, guidance 3" in done.stdout
     table = done.stdout.split("\n\n")[1].splitlines()
     head = [re.split(r"\s{2,}", line.strip()) for line in table[:2]]
-    assert head == [["floor: training", "ceiling:"], ["teacher", "student", "images", "noise"]]
+    assert head == [["floor: training", "ceiling:"], ["teacher", "mini-teacher", "images", "noise"]]
+    few = [line.split() for line in done.stdout.rstrip().splitlines()[-3:]]
+    assert few[0] == ["4"] and [line[0] for line in few[1:]] == ["teacher", "mini-teacher"]  # 1 pass is no guided step
+    assert float(few[1][1]) == pytest.approx(float(few[2][1]), rel=0.01) and (tmp_path / "curve.png").is_file()
     numbers = {}
     for line in table[2:]:
         name, *cells = re.split(r"\s{2,}", line.rstrip())

@@ -23,10 +23,10 @@ def trajectories_of(teacher, folder, batch_size=4, **more):
 
 
 def command(small_set, cache, out, *more) -> list[str]:
-    return ["v4/4.py", "--mini", "--data", str(small_set), "--teacher", str(TEACHER), "--trajectories", "12", "--teacher-passes", "6",
-            "--teacher-steps", "4", "--passes", "2", "--also-passes", "1", "--steps", "6", "--batch-size", "4",
-            "--eval-every", "4", "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "2", "--save-every", "2",
-            "--log-every", "1", "--cache-folder", str(cache), "--out", str(out), *more]
+    return ["v4/4.py", "--mini", "--data", str(small_set), "--teacher", str(TEACHER), "--trajectories", "12",
+            "--teacher-passes", "6", "--teacher-steps", "4", "--passes", "2", "--also-passes", "1", "--steps", "6",
+            "--batch-size", "4", "--eval-every", "4", "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "2",
+            "--save-every", "2", "--log-every", "1", "--cache-folder", str(cache), "--out", str(out), *more]
 
 
 def test_trajectories_are_the_pipelines_own_guided_path(teacher, tmp_path):
