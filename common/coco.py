@@ -50,7 +50,7 @@ class CocoCaptions(torch.utils.data.Dataset):
             if limit and len(self.files) == limit:
                 break
         whole = self.format == COCO or part == (0, 1)
-        needed, side = (1, "") if whole else (2, f" in the {part[1] - part[0]:.0%} that --val-share gives this side")
+        needed, side = (1, "") if whole else (2, f" in the {part[1] - part[0]:.0%} of this side (change it with --val-share)")
         require(len(self.files) >= needed, f"{self.root / self.split} has {len(self.files)} usable pictures{side} (captions in "
                                            f"{self.format}) and needs {needed}; left out: {self.left_out() or 'none'}")
 

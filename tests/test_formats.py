@@ -225,7 +225,7 @@ def test_adding_pictures_moves_none_to_the_other_side(tmp_path, kind):
 
 def test_a_share_that_leaves_a_side_too_few_pictures_is_one_line(tmp_path):
     make_set(tmp_path, ".txt", CAPTIONS)
-    assert "has 0 usable pictures in the 1% that --val-share gives this side" in refused(tmp_path, part=(0, 0.01))
+    assert "has 0 usable pictures in the 1% of this side (change it with --val-share)" in refused(tmp_path, part=(0, 0.01))
     assert "and needs 2; left out: none" in refused(tmp_path, part=(0, 0))
     assert "--val-share" in refused(tmp_path, part=(0.999, 1))
     assert len(opened(tmp_path, part=(0, 1))) == 3
