@@ -61,6 +61,23 @@ def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def denoise(unet, scheduler, latents: torch.Tensor, encoded: torch.Tensor, guidance: float, generator):
+    """Yields the latents (N, 4, h, w) after each step of `scheduler`, whose timesteps are set.
+
+    `encoded`: the captions (N, tokens, width); for guidance above 1 as many empty ones before them. Guidance (Ho & Salimans):
+    eps = eps_empty + guidance (eps_caption - eps_empty); at 1, as in diffusers' pipeline, eps_caption alone.
+    """
+    for t in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(latents.repeat(len(encoded) // len(latents), 1, 1, 1), t).to(encoded.dtype)
+        noise_pred = unet(inputs, t, encoded, return_dict=False)[0].float()
+        if guidance > 1:
+            pred_empty, pred_caption = noise_pred.chunk(2)
+            noise_pred = pred_empty + guidance * (pred_caption - pred_empty)
+        latents = scheduler.step(noise_pred, t, latents, generator=generator, return_dict=False)[0]
+        yield latents
+
+
+@torch.no_grad()
 def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guidance=5.0, seed=0, size_px=64,
            batch=64) -> tuple[torch.Tensor, float]:
     """Draw one image a caption: ((N, 3, size_px, size_px) uint8 on the CPU, seconds an image).
@@ -69,8 +86,6 @@ def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guid
     U-Nets the same initial noise and the same noise on the way, whatever the device. One batch equals
     `StableDiffusionPipeline(..., generator=torch.Generator().manual_seed(seed))`.
     Under the caller's autocast every network runs in its precision, the scheduler's arithmetic stays in float32.
-    Guidance (Ho & Salimans): eps = eps_empty + guidance (eps_caption - eps_empty); at 1, as in that pipeline, eps_caption
-    alone, in half the passes.
     """
     parameter = next(unet.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -86,13 +101,9 @@ def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guid
         scheduler = make_scheduler(sampler, teacher.noise_scheduler)
         scheduler.set_timesteps(steps, device=device)
         generator = torch.Generator().manual_seed(seed + number)
-        latents = torch.randn((n, 4, side, side), generator=generator).to(device) * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            inputs = scheduler.scale_model_input(latents.repeat(len(encoded) // n, 1, 1, 1), t).to(dtype)
-            noise_pred = unet(inputs, t, encoded, return_dict=False)[0].float()
-            if guidance > 1:
-                pred_empty, pred_caption = noise_pred.chunk(2)
-                noise_pred = pred_empty + guidance * (pred_caption - pred_empty)
-            latents = scheduler.step(noise_pred, t, latents, generator=generator, return_dict=False)[0]
+        noise = torch.randn((n, 4, side, side), generator=generator).to(device) * scheduler.init_noise_sigma
+        path = denoise(unet, scheduler, noise, encoded, guidance, generator)
+        for _ in scheduler.timesteps:
+            latents = next(path)
         images.append(decode_latents(teacher.vae, latents).cpu())
     return torch.cat(images), (time.perf_counter() - began) / len(captions)

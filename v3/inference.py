@@ -64,6 +64,12 @@ def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> S
     return pipeline
 
 
+def how_to_draw(place: str, **given) -> dict:
+    """Sampler, steps and guidance: what is `given`, or, where that is "auto" or 0, the card's, or else the defaults."""
+    how = {"sampler": "ddim", "steps": 25, "guidance": 5.0} | drawn_with(place)
+    return how | {option: value for option, value in given.items() if value not in ("auto", 0)}
+
+
 def draw(pipeline: StableDiffusionPipeline, prompts: list[str], size_px: int, title: str, how: dict,
          s: Settings) -> tuple[list[Image.Image], float]:
     """One image a prompt, and seconds an image."""
@@ -99,8 +105,7 @@ def main(s: Settings):
     rows, size_px = [], s.size_px
     for name in (s.model, s.compare) if s.compare else (s.model,):
         place = model_place(name)
-        how = {"sampler": "ddim", "steps": 25, "guidance": 5.0} | drawn_with(place)
-        how |= {option: value for option in how if (value := getattr(s, option)) not in ("auto", 0)}
+        how = how_to_draw(place, sampler=s.sampler, steps=s.steps, guidance=s.guidance)
         pipeline = load(place, how["sampler"], device, dtype)
         if s.compile:
             pipeline.unet.compile()
