@@ -1,17 +1,21 @@
 """The page: which models it finds, what it draws, turns, and, in a real browser, what a person does with it."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import urllib.request
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEACHER, refusal, script
+import yaml
+from conftest import ROOT, TEACHER, refusal, run, script
 
 from common.report import model_card, save_student
 from common.sampling import make_scheduler
@@ -174,9 +178,9 @@ def serve(tmp_path_factory):
     """A function that starts the page on the runs in a folder, with all other hosts out of reach, and gives its address."""
     started, folder = [], tmp_path_factory.mktemp("served")
 
-    def start(*arguments) -> str:
+    def start(*arguments, script=ROOT / "v3" / "app.py") -> str:
         errors = (folder / f"errors-{len(started)}").open("w+", encoding="utf-8")
-        command = [sys.executable, "-c", GUARDED, str(ROOT / "v3" / "app.py"), "--port", str(free_port()), "--device", "cpu",
+        command = [sys.executable, "-c", GUARDED, str(script), "--port", str(free_port()), "--device", "cpu",
                    *map(str, arguments)]
         clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GRADIO_SERVER_NAME")}
         clean |= {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}  # where nothing answers
@@ -273,6 +277,24 @@ def test_the_guard_sees_what_goes_outside(tmp_path):
     (tmp_path / "out.py").write_text("import socket\nsocket.create_connection(('example.com', 80))\n", "utf-8")
     done = subprocess.run([sys.executable, "-c", GUARDED, str(tmp_path / "out.py")], capture_output=True, text=True)
     assert done.returncode == 1 and "OUTSIDE example.com" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_space_starts_by_itself(serve, runs, tmp_path):
+    done = run("v3/space.py", "--model", runs / "quick", "--out", tmp_path / "space")
+    assert done.returncode == 0, done.stderr[-2000:]
+    metadata = yaml.safe_load((tmp_path / "space" / "README.md").read_text("utf-8").split("---\n")[1])
+    assert metadata["sdk"] == "gradio" and metadata["license"] == "cc-by-sa-4.0"
+    requirements = (tmp_path / "space" / "requirements.txt").read_text("utf-8")
+    assert "torch>=" in requirements and "pytest" not in requirements
+    address = serve(script=tmp_path / "space" / metadata["app_file"])
+    page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address).read().decode("utf-8")
+    config, _ = json.JSONDecoder().raw_decode(page.split("window.gradio_config = ")[1])
+    choices = [choice for part in config["components"] for choice in part["props"].get("choices", [])]
+    places = [place for _, place in choices if Path(place).is_absolute()]
+    assert [Path(place).relative_to(tmp_path / "space").as_posix() for place in places] == [
+        "checkpoints/mini-teacher", "checkpoints/quick/student"]
+    assert "exists" in refusal("v3/space.py", "--model", runs / "quick", "--out", tmp_path / "space")
 
 
 @pytest.mark.slow
