@@ -227,14 +227,13 @@ def visit(chromium):
     """A function that opens an address as a new person would, and waits for the pictures that are drawn first."""
     contexts, asked = [], []
 
-    def open_page(address: str, wait: bool = True):
+    def open_page(address: str):
         contexts.append(chromium.new_context())
         contexts[-1].on("request", lambda request: asked.append(request.url))
         contexts[-1].set_default_timeout(120_000)
         page = contexts[-1].new_page()
         page.goto(address)
-        if wait:
-            finished(page)
+        finished(page)
         return page
 
     yield open_page
@@ -343,10 +342,12 @@ def test_a_quick_student_draws_as_one_types(address, visit):
         "document.querySelector('.pictures img').alt == document.querySelector('textarea, input[type=text]').value")
     # the last letters' picture stays: it is what the button draws too
     typed = sources(page)
+    page.get_by_label("Caption").fill("a boat")  # without a keystroke, as one pastes
+    boat = changed(page, typed)
     page.get_by_label("Seed of the noise").fill("1")
-    other = changed(page, typed)
+    other = changed(page, boat)
     page.get_by_label("Seed of the noise").fill("0")
-    assert changed(page, other) == typed
+    assert changed(page, other) == boat
 
 
 @pytest.mark.slow
@@ -370,12 +371,13 @@ def test_a_long_request_of_one_person_does_not_stop_another(address, visit):
 def test_more_than_a_queue_of_work_is_refused(serve, visit, tmp_path):
     """On a page that finds no runs and shows the embedded teacher alone."""
     address = serve("--folder", tmp_path / "empty", "--at-once", "1", "--waiting", "1")
-    first = visit(address)
+    first, second, third = (visit(address) for _ in range(3))
     assert first.locator(".pictures b").all_inner_texts() == ["mini-teacher"]
     first.get_by_label("number input for Steps (0: the model's)").fill("200")
+    first.get_by_label("Four pictures each").check()
     first.get_by_role("button", name="Draw").click()
     first.wait_for_function("document.querySelector('.pictures progress')?.value > 0")
-    second = visit(address, wait=False)  # what it draws first waits
-    second.get_by_text("queue").first.wait_for()
-    third = visit(address, wait=False)
-    third.get_by_text("busy").first.wait_for()
+    second.get_by_role("button", name="Draw").click()
+    second.get_by_text("queue: 1/1").wait_for()
+    third.get_by_role("button", name="Draw").click()
+    third.get_by_text("This application is currently busy").first.wait_for()
