@@ -90,10 +90,10 @@ class Run:
 
     def _start_trackers(self):
         """Of --track. Raises SystemExit where one cannot start."""
-        (kind,) = self.accelerator.log_with
+        kind = self.accelerator.log_with[0].value
         project, named = ("tensorboard", {}) if kind == "tensorboard" else ("light-sd-students", {"name": self.folder.name})
         try:
-            self.accelerator.init_trackers(project, init_kwargs={str(kind): named})
+            self.accelerator.init_trackers(project, init_kwargs={kind: named})
         except Exception as error:  # a missing login, no network: each package's own errors
             raise SystemExit(f"error: --track {kind} cannot start: {first_line(error)}") from None
 
