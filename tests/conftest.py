@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# One thread a process, of which two test at once; and runs that are compared add up in the same order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

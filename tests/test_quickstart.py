@@ -16,7 +16,7 @@ def test_the_notebook_is_short_and_saved_without_results():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_shows_pictures(small_set, cache, tmp_path, monkeypatch):
+def test_the_notebook_runs_and_shows_pictures(small_set, cache, tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="pip install -r v3/requirements.txt")
     from nbclient import NotebookClient
 
@@ -24,10 +24,11 @@ def test_the_notebook_runs_and_shows_pictures(small_set, cache, tmp_path, monkey
     short = (f"--data {shlex.quote(str(small_set))} --cache-folder {cache} --steps 2 --batch-size 4 --eval-every 0 --final-samples 8 "
              "--sample-steps 2 --device cpu")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    changes = {'MORE = ""': f"MORE = {short!r}", "checkpoints/quickstart": str(out), "!{sys.executable} -m pip install": "#",
+               "--guidance 3": "--steps 2", "pictures": str(tmp_path), "prompts.txt": str(tmp_path / "prompts.txt")}
     for cell in notebook.cells:
-        cell.source = cell.source.replace('MORE = ""', f"MORE = {short!r}").replace("checkpoints/quickstart", str(out))
-        cell.source = cell.source.replace("!{sys.executable} -m pip install", "#").replace("--guidance 3", "--steps 2")
-        cell.source = cell.source.replace("pictures", str(tmp_path)).replace("prompts.txt", str(tmp_path / "prompts.txt"))
+        for written, tried in changes.items():
+            cell.source = cell.source.replace(written, tried)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     shown = []
     for cell in notebook.cells:
