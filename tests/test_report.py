@@ -70,7 +70,8 @@ def test_a_hub_without_a_card_gives_the_base_model_only(monkeypatch):
     assert "its licence, which its card does not name" in text
 
 
-def test_a_card_shows_its_pictures():
+def test_a_card_shows_its_pictures(monkeypatch):
+    monkeypatch.setattr(report, "licence_of", lambda name: None)
     captions = ['a "cat"', "a dog"]
     card = report.model_card("V-9", "nowhere", "data", "val", 32, SCORES, TEACHERS, "8 samples", captions=captions)
     metadata = yaml.safe_load(str(card).split("---\n")[1])
