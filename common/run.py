@@ -75,6 +75,7 @@ class Run:
         self.first_step, self.steps, self.batch_size = first_step, steps, batch_size
         self.log_every, self.max_bad_steps = log_every, max_bad_steps
         kept = [line for line in read_log(self.folder) if line["step"] <= first_step] if first_step else []
+        kept = [line for line in kept if line["step"] < steps or "loss" in line]  # the last evaluation is made again
         self.evaluated = {line["step"] for line in kept if "evaluation" in line}
         self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         if first_step and self.main:

@@ -138,6 +138,7 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, unb
     assert done.returncode == 0 and "is broken" in done.stdout and "going on at step" in done.stdout, done.stderr[-2000:]
     want, found = load_file(whole / WEIGHTS), load_file(out / WEIGHTS)
     assert all(torch.equal(want[k], found[k]) for k in want)
+    assert run(*arguments, "--resume").returncode == 0  # it has come to its end and repeats that only
     assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 13))
     assert [x["step"] for x in lines(out) if "evaluation" in x] == [8, 12]
 
