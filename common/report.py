@@ -69,9 +69,9 @@ def save_curves(path: Path, log: list[dict]):
     panels[0].set(title="loss", xlabel="step")
     if losses:
         steps, raw = zip(*losses)
-        smooth, mean = [], raw[0]
-        for value in raw:
-            mean = 0.9 * mean + 0.1 * value
+        smooth, mean = [], 0.0
+        for number, value in enumerate(raw, 1):
+            mean += max(0.1, 1 / number) * (value - mean)  # of all so far, then of about the last ten
             smooth.append(mean)
         panels[0].plot(steps, raw, alpha=0.3)
         panels[0].plot(steps, smooth, color="C0")
@@ -81,7 +81,7 @@ def save_curves(path: Path, log: list[dict]):
         if name in (teacher := evaluations[0].get("teacher", {})):
             panel.axhline(teacher[name], linestyle=":", color="gray", label="teacher")
             panel.legend()
-        panel.set(title=label(name), xlabel="step")
+        panel.set(title=label(name), xlabel="step", xlim=(0, 1.05 * max(1, log[-1]["step"])))
     figure.savefig(path, dpi=80)
 
 

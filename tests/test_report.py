@@ -115,7 +115,7 @@ def test_curves_have_a_panel_a_metric_three_a_row_and_the_teachers_line(tmp_path
     loss, *panels = figures[0].axes
     assert [panel.get_title() for panel in panels] == ["FD* ↓", "KID ↓", "PD ↓"] and loss.get_yscale() == "log"
     raw, smooth = loss.lines
-    assert list(raw.get_ydata()) == [1 / step for step in range(1, 9)] and smooth.get_ydata()[1] == 0.9 + 0.1 / 2
+    assert list(raw.get_ydata()) == [1 / step for step in range(1, 9)] and smooth.get_ydata()[1] == 0.75
     line, dotted = panels[0].lines
     assert list(line.get_xdata()) == [4, 8] and line.get_marker() == "o" and set(dotted.get_ydata()) == {2.0}
     with Image.open(tmp_path / "curves.png") as image:

@@ -8,7 +8,7 @@ from conftest import ROOT, run_apart
 
 from common.run import read_log
 
-SCRIPTS = ("v1/1.py", "v2/2.1.py", "v2/2.2.py", "v3/train_student_kd.py")
+SCRIPTS = ("v1/1.py", "v2/2.1.py", "v2/2.2.py", "v3/train_student_kd.py", "v4/4.py")
 FIELD = re.compile(r"^    (\w+): ([^=\n]+) = (.*?)(?:  # (.*))?$", re.M)
 DIFFERENT = {  # on purpose: what each version has its own default or words for
     "out": "each version's own folder",
@@ -21,6 +21,11 @@ DIFFERENT = {  # on purpose: what each version has its own default or words for
     "batch_size": "V-3's is that of all processes",
     "eval_batch": "V-3's is each process's",
     "workers": "V-3's shards take as many as there are",
+    "steps": "V-4 has fewer states to learn",
+    "sampler": "V-4's three are the teacher's, and one more",
+    "sample_steps": "of them",
+    "guidance": "of them",
+    "cache_folder": "V-4 keeps trajectories there",
 }
 
 
