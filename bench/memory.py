@@ -41,6 +41,7 @@ ROWS = {  # name: script and how many draws its store holds
     "V-2.2": ("v2/2.2.py", 4),
     "V-2.2, --store 0": ("v2/2.2.py", 0),
     "V-3": ("v3/train_student_kd.py", 0),
+    "V-4": ("v4/4.py", 0),
     "adapting the teacher": ("checkpoints/adapt_teacher.py", 0),
 }
 
@@ -115,9 +116,9 @@ class Measurement:
             measure_fitness=lambda *_: mock.Mock(_asdict=dict, knowledge=lambda of, *_: torch.ones(len(of.betas))),
             chain_timesteps=lambda _, length: range(1, length + 1),  # V-1 reads them once, before it trains
             make_folder=lambda folder, _: folder, summary=mock.Mock(), finish=mock.Mock(),
+            Trajectories=lambda *_, **__: self.trajectories(), some_captions=mock.Mock(), scores_table=mock.Mock(),  # V-4's
             # the teacher's adaptation
-            adapted_to=lambda _: 0, merge=lambda *_: self.merged(), save_student=mock.Mock(), model_card=mock.Mock(),
-            table=mock.Mock())
+            adapted_to=lambda _: 0, merge=lambda *_: self.merged(), save_student=mock.Mock(), model_card=mock.Mock())
 
     def merged(self):
         return UNet2DConditionModel(**self.teacher.unet_config).eval().requires_grad_(False)
@@ -144,6 +145,17 @@ class Measurement:
             return Batch(*tensors)
         return SimpleNamespace(draw=draw, describe=str, empty=torch.zeros(1, 77, 768), seconds=0.0)
 
+    def trajectories(self):
+        def draw(_):
+            self.batch_bytes = embeddings.nbytes + 3 * states[0].nbytes  # two states, and the prediction's place
+            return None, torch.zeros(n, dtype=torch.long), embeddings
+
+        n, passes = self.settings.batch_size, self.settings.passes
+        states, embeddings = torch.randn(passes + 1, n, 4, self.side, self.side), torch.randn(n, 77, 768)
+        return SimpleNamespace(
+            draw=draw, state=lambda *_: torch.randn_like(states[0]), land=lambda z, noise_pred, _: z + noise_pred, unit=1.0,
+            timesteps=torch.zeros(passes, dtype=torch.long), scheduler=None, seconds=0.0)
+
     def run(self):
         run = mock.MagicMock(begun=False, evaluated=set(), begin=self.begin_training, log_step=self.after_step)
         run.stop_requested.return_value = False
@@ -167,7 +179,7 @@ class Measurement:
         return evaluator
 
     @torch.no_grad()
-    def evaluate(self, unet, _):
+    def evaluate(self, unet, *_, **__):
         """What an evaluation holds at most: a sampler's step, decoding, Inception-v3."""
         self.memory.peak = self.memory.now
         count = self.settings.eval_batch

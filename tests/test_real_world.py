@@ -81,7 +81,7 @@ def test_reduced_jpeg_decoding_stays_close_to_the_whole_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path, parameters", [("v1/1.py", 64_140_964), ("v2/2.2.py", 64_140_964),
-                                              ("v3/train_student_kd.py", 65_188_324)])
+                                              ("v3/train_student_kd.py", 65_188_324), ("v4/4.py", 64_140_964)])
 def test_the_defaults_fit_a_6_gb_card_with_a_margin(monkeypatch, path, parameters):
     monkeypatch.syspath_prepend(ROOT / "v3")  # where V-3's script stands when it is the program
     memory = script("bench/memory.py")
