@@ -17,6 +17,9 @@ from common.settings import first_line, require
 
 CELL_PX, LABEL_PX, MARGIN_PX = 112, 46, 64  # of a sheet: an image with its margin, the caption below, a row's name
 SHOWN = 4  # pictures beside a model card
+NO_METRIC = ("parameters", "samples", "seconds an image")  # of an evaluation's scores
+ENOUGH = {"FID": 2048, "FD(effnet-lite0)": 1280}  # a Frechet distance of fewer samples than dimensions is far too high
+HIGHER_IS_BETTER = ("right", "place", "coverage")  # ends of names
 
 
 def save_sheet(path: Path, rows: dict[str, torch.Tensor], captions: list[str], columns: int = 8):
@@ -83,11 +86,6 @@ def save_curves(path: Path, log: list[dict]):
             panel.legend()
         panel.set(title=label(name), xlabel="step", xlim=(0, 1.05 * max(1, log[-1]["step"])))
     figure.savefig(path, dpi=80)
-
-
-NO_METRIC = ("parameters", "samples", "seconds an image")  # of an evaluation's scores
-ENOUGH = {"FID": 2048, "FD(effnet-lite0)": 1280}  # a Frechet distance of fewer samples than dimensions is far too high
-HIGHER_IS_BETTER = ("right", "place", "coverage")
 
 
 def label(name: str, samples: int | None = None) -> str:

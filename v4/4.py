@@ -279,7 +279,8 @@ def main(s: Settings):
         rows[f"student, {passes} passes"] = scored.scores
     run.log(step=s.steps, passes=teacher_rows | rows)
     if accelerator.is_main_process:
-        print(f"\n{scores_table(teacher_rows)}\n\n{scores_table(rows)}")
+        for found in filter(None, (teacher_rows, rows)):
+            print(f"\n{scores_table(found)}")
         finish(run.folder, "V-4", trainer.ema_student, teacher, evaluation, val_set,
                warning=fitness.warning(s.resolution, effect), scheduler=trajectories.scheduler, inference=parameters,
                push_to_hub=s.push_to_hub)
