@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from common.coco import CocoCaptions, images
 from common.files import from_root, make_folder, model_place
@@ -108,6 +109,8 @@ def save_curve(path: Path, few: dict[str, dict], score: str):
     ticks = sorted({number for found in few.values() for number in found})
     axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.legend()
     figure.savefig(path, dpi=100)
 
@@ -154,7 +157,9 @@ def main(s: Settings):
     accelerator.print(f"teacher: {evaluator.how(count)}\n\n{scores_table(rows)}")
     if s.passes:
         score = evaluator.fd_name + " to reconstructions"
-        distances = {title: {f"{number}": scores[score] for number, scores in found.items()} for title, found in few.items()}
+        distances = {}
+        for title, found in few.items():
+            distances[title] = {f"{number}": found[number][score] if number in found else None for number in s.passes}
         accelerator.print(f"\n{label(score)} by passes a picture:\n{table(distances)}")
     if s.curve and accelerator.is_main_process:
         save_curve(Path(s.curve), few, score)
