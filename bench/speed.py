@@ -177,16 +177,23 @@ def medians(functions: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def pipeline_of(teacher: Teacher, unet, scheduler):
+    """The stock pipeline that draws with `unet`, silent."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet, scheduler=scheduler,
+        feature_extractor=None, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, int]:
     """Sampling beside the usual way; what is drawn, and the largest difference between both ways' pictures."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler
 
     teacher, student, captions = world.teacher, world.trainer.ema_student, world.evaluator.captions[:count]
-    pipeline = StableDiffusionPipeline(
-        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=student, feature_extractor=None,
-        scheduler=DDIMScheduler.from_config(teacher.noise_scheduler.config), safety_checker=None,
-        requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(teacher, student, DDIMScheduler.from_config(teacher.noise_scheduler.config))
 
     def by_pipeline():
         with world.trainer.autocast():
@@ -208,15 +215,10 @@ def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, i
 
 
 def few_passes_to_time(world: World, v) -> dict:
-    """A picture of four captions' by the student in 4 passes, as V-4 draws, beside the teacher's stock pipeline with guidance
-    in 25 steps, 50 passes; and the two parts that no student makes cheaper."""
-    from diffusers import StableDiffusionPipeline
-
+    """Four pictures by the student in 4 passes, as V-4 draws, and by the teacher's stock pipeline in 25 guided steps, 50
+    passes; and the two parts that no student makes cheaper."""
     teacher, student, captions = world.teacher, world.trainer.ema_student, world.evaluator.captions[:4]
-    pipeline = StableDiffusionPipeline(
-        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet,
-        feature_extractor=None, scheduler=teacher.noise_scheduler, safety_checker=None, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(teacher, teacher.unet, teacher.noise_scheduler)
     side = teacher.latent_side(v.resolution)
     latents = torch.randn(len(captions), 4, side, side, generator=torch.Generator().manual_seed(0)).to(world.device)
 

@@ -16,8 +16,6 @@ from common.report import save_curves, save_sheet
 from common.settings import first_line, require
 from common.trainer import due
 
-TRACKED_IMAGES = {"tensorboard": {"dataformats": "NHWC"}}  # options of Accelerate's log_images
-
 
 def read_log(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl that are whole."""
@@ -149,7 +147,8 @@ class Run:
             for tracker in self.accelerator.trackers:
                 if tracker.name != "trackio":  # Accelerate's has no images
                     picture = np.asarray(Image.open(sheet))[None]  # (1, H, W, 3)
-                    tracker.log_images({"samples": picture}, step=step, **TRACKED_IMAGES.get(tracker.name, {}))
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": picture}, step=step, **layout)
             if step < self.steps:
                 shown = ", ".join(f"{k} {v:.4g}" for k, v in evaluation.scores.items() if k != "parameters")
                 self.bar.write(f"step {step:,}: {shown}")

@@ -32,7 +32,7 @@ from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.report import check_hub, finish, scores_table, summary
 from common.run import Run
-from common.sampling import encode_captions, make_scheduler
+from common.sampling import denoise, encode_captions, make_scheduler
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import load_teacher, load_unet
@@ -118,9 +118,9 @@ class Trajectories:
         alphas = torch.cat([alphas, self.scheduler.final_alpha_cumprod.view(1)])
         self.a, self.a_next = alphas[:-1].to(device), alphas[1:].to(device)  # (passes,) each
         self.unit = ((1 - self.a_next).sqrt() - (self.a_next * (1 - self.a) / self.a).sqrt()).square().mean()
-        empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()  # (1, tokens, width)
+        empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""])  # (1, tokens, width)
         finer = make_scheduler("ddim-trailing", teacher.noise_scheduler)
-        finer.set_timesteps(teacher_steps)
+        finer.set_timesteps(teacher_steps, device=device)
         shape = (4, side, side)
 
         @torch.no_grad()
@@ -134,15 +134,11 @@ class Trajectories:
             for i in range(start, len(captions), batch):
                 rows = range(i, min(i + batch, len(captions)))
                 z = upload(torch.from_numpy(np.stack([noise_of(row, shape) for row in rows])), device)
-                given = upload(torch.from_numpy(self.embeddings[list(rows)]), device).float()
-                both = torch.cat([empty.expand(len(rows), -1, -1), given])
-                states = [z]
-                for number, t in enumerate(finer.timesteps, 1):
-                    at = Batch(z, both, z, t.expand(2 * len(rows)).to(device))
-                    pred_empty, pred_caption = predict_noise(teacher.unet, z.repeat(2, 1, 1, 1), at).chunk(2)
-                    z = finer.step(pred_empty + guidance * (pred_caption - pred_empty), t, z, return_dict=False)[0]
-                    if number % (teacher_steps // passes) == 0:
-                        states.append(z)
+                encoded = upload(torch.from_numpy(self.embeddings[list(rows)]), device).to(teacher.unet.dtype)
+                if guidance > 1:
+                    encoded = torch.cat([empty.expand(len(rows), -1, -1), encoded])  # (2 n, tokens, width)
+                path = list(denoise(teacher.unet, finer, z, encoded, guidance, None))
+                states = [z, *path[teacher_steps // passes - 1 :: teacher_steps // passes]]
                 yield list(rows), rows[-1] + 1, torch.stack(states, 1).float().cpu().numpy()
 
         key = cache_key("trajectories", teacher, captions, passes, teacher_steps, guidance, side)
