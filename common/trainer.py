@@ -12,18 +12,18 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from common.files import full_disk_is_one_line
+from common.precision import autocast, strides_for
 from common.settings import first_line, require
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-DTYPES = {"fp32": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out: str | None = None) -> Accelerator:
     """Accelerate on `device`: auto (CUDA, then MPS, then the CPU), cuda, cuda:N, mps or cpu; `accelerate config` is not needed.
 
-    It is told of no precision: `pick_dtype` and `Trainer.autocast` see to that on every device alike. (DeepSpeed lowers the
-    weights by itself and must know.) `track` names the package that `Run.log` also logs to, `out` the run's folder. Raises
-    SystemExit where the named device or package is not there or the launch cannot work.
+    It is told of no precision: `common.precision` and `Trainer.autocast` see to that on every device alike. (DeepSpeed
+    lowers the weights by itself and must know.) `track` names the package that `Run.log` also logs to, `out` the run's
+    folder. Raises SystemExit where the named device or package is not there or the launch cannot work.
     """
     tracked = track == "none" or importlib.util.find_spec(track) is not None
     require(tracked, f"--track {track} needs its package: pip install {track}")
@@ -58,19 +58,6 @@ def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out
         fsdp.mixed_precision_policy = None  # autocast lowers the precision, as elsewhere
     require(kind != DistributedType.MEGATRON_LM, "Megatron-LM is not supported")
     return accelerator
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of a run: of the frozen parts' weights, and of autocast around the student.
-
-    `auto`: bf16 on CUDA devices that have it, else fp16 there; fp32 on MPS and CPUs.
-    """
-    if name != "auto":
-        require(name in DTYPES, f"the precision {name} is not supported; take fp16, bf16 or none")
-        return DTYPES[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def predict_noise(unet, noisy: torch.Tensor, batch) -> torch.Tensor:
@@ -116,13 +103,14 @@ class Trainer:
         self.skipped = torch.zeros(2, device=accelerator.device)  # steps without finite gradients: in all, in a row
         self.ema_student = ema_student or type(student).from_config(student.config)
         self.ema_student.to(accelerator.device).eval().requires_grad_(False)
-        self.ema_student.to(memory_format=torch.channels_last).load_state_dict(student.state_dict())
+        sharded = accelerator.distributed_type in SHARDED
+        # FSDP and DeepSpeed demand plain strides
+        strides = torch.contiguous_format if sharded else strides_for(accelerator.device, dtype)
+        self.ema_student.to(memory_format=strides).load_state_dict(student.state_dict())
         self.also_saved = {"ema_student": self.ema_student, **(also_saved or {})}
 
         model = (student if model is None else model).train()
-        sharded = accelerator.distributed_type in SHARDED
-        # FSDP and DeepSpeed demand plain strides
-        model.to(memory_format=torch.contiguous_format if sharded else torch.channels_last)
+        model.to(memory_format=strides)
         if plugin := accelerator.state.deepspeed_plugin:  # it clips and steps inside of `backward`
             shares = accelerator.num_processes * accelerator.gradient_accumulation_steps
             plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": batch_size // shares,
@@ -139,7 +127,7 @@ class Trainer:
         return self.scheduler.get_last_lr()[0]
 
     def autocast(self):
-        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(self.accelerator.device, self.dtype)
 
     def step(self, loss: torch.Tensor):
         """Add the gradients of `loss`; after the last pass of a batch: clip, AdamW, OneCycleLR, EMA.

@@ -28,6 +28,7 @@ import diffusers
 import transformers
 
 import data.draw_mini as drawing
+from common import precision
 from common.teacher import load_teacher
 
 TEACHER = ROOT / "checkpoints" / "mini-teacher"
@@ -122,6 +123,12 @@ def make_small_set(root: Path) -> Path:
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory):
     return make_small_set(tmp_path_factory.mktemp("drawn") / "small set")
+
+
+@pytest.fixture
+def kept_in_fp32(monkeypatch):
+    """What is computed once is computed in fp32, on CPUs that multiply bf16 too: for comparisons with others' fp32."""
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
 
 
 @pytest.fixture

@@ -134,6 +134,7 @@ def pairs_of(dataset, teacher, folder, **options) -> TrainingPairs:
     return TrainingPairs(dataset, teacher, folder, **options)
 
 
+@pytest.mark.usefixtures("kept_in_fp32")
 def test_cache_equals_encoding_on_the_fly(small_set, teacher, tmp_path):
     data = CocoCaptions(small_set, "train", 32)
     cached = pairs_of(data, teacher, tmp_path, flip=True)

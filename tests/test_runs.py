@@ -267,6 +267,7 @@ def test_linear_against_closed_form():
     assert linear(1.0, 0.5, 0, 11) == 1.0 and linear(1.0, 0.5, 10, 11) == 0.5 and linear(1.0, 0.5, 5, 11) == 0.75
 
 
+@pytest.mark.usefixtures("kept_in_fp32")
 def test_a_student_and_its_teacher_are_measured_beside_their_bounds(small_set, cache, tmp_path):
     """`common.evaluate --mini`, on the teacher's own U-Net as the student: the rows agree but for the time."""
     done = run("common/evaluate.py", "--mini", "--data", small_set, "--model", TEACHER, "--samples", "6", "--sample-steps", "2",

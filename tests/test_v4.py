@@ -29,6 +29,7 @@ def command(small_set, cache, out, *more) -> list[str]:
             "--save-every", "2", "--log-every", "1", "--cache-folder", str(cache), "--out", str(out), *more]
 
 
+@pytest.mark.usefixtures("kept_in_fp32")
 def test_trajectories_are_the_pipelines_own_guided_path(teacher, tmp_path):
     """Against StableDiffusionPipeline with diffusers' DDIMScheduler, state by state."""
     found = trajectories_of(teacher, tmp_path)
@@ -67,6 +68,7 @@ def test_landing_is_the_samplers_step(teacher, tmp_path):
     torch.testing.assert_close(missed.square().mean() / found.unit, torch.tensor(1.0))
 
 
+@pytest.mark.usefixtures("kept_in_fp32")
 def test_a_teacher_of_as_many_steps_is_its_own_student(teacher, tmp_path):
     """With guidance 1 and as many steps as passes the teacher's slice, whole, has no loss."""
     found = trajectories_of(teacher, tmp_path, teacher_steps=2, guidance=1.0)

@@ -31,12 +31,13 @@ from common.files import from_root, make_folder
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
+from common.precision import fastest_kernels, pick_dtype
 from common.report import check_hub, finish, summary
 from common.run import Run
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import DDPMScheduler, UNet2DConditionModel, load_teacher
-from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from common.trainer import Trainer, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -89,6 +90,7 @@ class Settings:
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen parts and of autocast around the student
+    compile: bool = False  # torch.compile the student: pays on long runs only; on a CPU it takes a C++ compiler
     cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
     cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
@@ -234,6 +236,10 @@ def main(s: Settings):
         warning = fitness.warning(s.resolution, effect)
         knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
 
+    dtype = fastest_kernels(run, student, dtype, auto=s.dtype == "auto", steps=s.steps, batch_size=s.batch_size,
+                            tokens=teacher.tokenizer.model_max_length)
+    if s.compile:
+        student.compile()
     trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
                       also_saved=also_saved)
@@ -241,7 +247,7 @@ def main(s: Settings):
     run.begin("V-1", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype))
 
         stage = max(k for k, first in enumerate(starts) if first <= step)
         chain, length = chains[stage], s.chains[stage]
@@ -280,7 +286,7 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, val_set,

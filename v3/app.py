@@ -26,10 +26,11 @@ import torch
 from inference import how_to_draw
 
 from common.files import from_root, model_place
+from common.precision import pick_dtype
 from common.sampling import SAMPLERS, decode_latents, denoise, encode_captions, make_scheduler
 from common.settings import parse, require, start
 from common.teacher import Teacher, load_teacher
-from common.trainer import pick_dtype, start_accelerator
+from common.trainer import start_accelerator
 
 # isort: split
 from diffusers.utils.torch_utils import randn_tensor
@@ -139,30 +140,21 @@ def figure(place: str, how: dict, caption: str, count=1, step=0, pictures=(), se
     return f"<figure>{sheet}<figcaption>{said}<br>{state}</figcaption></figure>"
 
 
-def make_page(s: Settings, device: torch.device, dtype: torch.dtype) -> gr.Blocks:
-    """Raises SystemExit with one line where a model that `s` names cannot be loaded."""
-    folder = Path(from_root(s.folder)).resolve()
-    teachers, students = find_models(folder)
-    teacher = s.teacher or next(iter(teachers), "checkpoints/mini-teacher")
-    named = [model_place(name) for name in (teacher, s.model, s.compare) if name]
-    named = [str(Path(name).resolve()) if Path(name).exists() else name for name in named]
-    for place in named:
-        load(place, device, dtype)
-    chosen = list(dict.fromkeys([*named, *students]))[:3]
+def hows(places, steps, guidance, sampler) -> dict[str, dict]:
+    """How each of at most three models draws, by its place."""
+    return {place: how_to_draw(place, steps=steps, guidance=guidance, sampler=sampler) for place in (places or [])[:3]}
 
-    def choices() -> list[tuple[str, str]]:
-        teachers, students = find_models(folder)
-        return [(name_of(place), place) for place in dict.fromkeys([*named, *students, *teachers])]
 
-    def hows(places, steps, guidance, sampler) -> dict[str, dict]:
-        return {place: how_to_draw(place, steps=steps, guidance=guidance, sampler=sampler) for place in (places or [])[:3]}
+def hint(*ways) -> str:
+    """The line under the caption."""
+    most = max(map(passes, hows(*ways).values()), default=0)
+    if most > LIVE_PASSES:
+        return f"Press Enter to draw. Models of at most {LIVE_PASSES} passes draw as you type; these take {most}."
+    return "Draws as you type." if most else "Choose a model."
 
-    def hint(*ways) -> str:
-        most = max(map(passes, hows(*ways).values()), default=0)
-        if most > LIVE_PASSES:
-            return f"Press Enter to draw. Models of at most {LIVE_PASSES} passes draw as you type; these take {most}."
-        return "Draws as you type." if most else "Choose a model."
 
+def show_with(device: torch.device, dtype: torch.dtype):
+    """What draws the figures on the page, as Gradio calls it."""
     def show(request: gr.Request, live, caption, seed, four, *ways):
         """Yields the figures: how far they are, then with pictures. Ends early where the same page has asked anew."""
         how, count = hows(*ways), 4 if four else 1
@@ -184,11 +176,30 @@ def make_page(s: Settings, device: torch.device, dtype: torch.dtype) -> gr.Block
                 if not live:  # where pictures follow each other quickly, a bar between them would flicker
                     yield f'<div class="pictures">{"".join(figures.values())}</div>'
         yield f'<div class="pictures">{"".join(figures.values())}</div>'
+    return show
 
-    def forget(request: gr.Request):
-        """What a closed page still draws ends with its slice."""
-        NEWEST.pop(request.session_hash, None)
 
+def forget(request: gr.Request):
+    """What a closed page still draws ends with its slice."""
+    NEWEST.pop(request.session_hash, None)
+
+
+def make_page(s: Settings, device: torch.device, dtype: torch.dtype) -> gr.Blocks:
+    """Raises SystemExit with one line where a model that `s` names cannot be loaded."""
+    folder = Path(from_root(s.folder)).resolve()
+    teachers, students = find_models(folder)
+    teacher = s.teacher or next(iter(teachers), "checkpoints/mini-teacher")
+    named = [model_place(name) for name in (teacher, s.model, s.compare) if name]
+    named = [str(Path(name).resolve()) if Path(name).exists() else name for name in named]
+    for place in named:
+        load(place, device, dtype)
+    chosen = list(dict.fromkeys([*named, *students]))[:3]
+
+    def choices() -> list[tuple[str, str]]:
+        teachers, students = find_models(folder)
+        return [(name_of(place), place) for place in dict.fromkeys([*named, *students, *teachers])]
+
+    show = show_with(device, dtype)
     with gr.Blocks(title="Light Stable Diffusion students", fill_width=True, analytics_enabled=False) as page:
         gr.Markdown("## One caption, one noise, several models")
         with gr.Row(equal_height=True):

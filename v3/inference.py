@@ -19,10 +19,11 @@ import torch
 
 from common import sampling
 from common.files import full_disk_is_one_line, make_folder, model_place, read_text
+from common.precision import pick_dtype
 from common.report import drawn_with, save_sheet
 from common.settings import parse, require, start
 from common.teacher import load_teacher
-from common.trainer import pick_dtype, start_accelerator
+from common.trainer import start_accelerator
 
 # isort: split
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline

@@ -33,12 +33,13 @@ from common.files import from_root, make_folder
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
+from common.precision import fastest_kernels, pick_dtype
 from common.report import check_hub, finish, summary
 from common.run import Run
 from common.settings import parse, require, start
 from common.slicing import slice_unet
 from common.teacher import UNet2DConditionModel, load_teacher
-from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from common.trainer import Trainer, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -77,9 +78,9 @@ class Settings:
     feature_blocks: tuple[str, ...] = ()  # whose outputs are matched; none given: all that have the teacher's size
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
-    mixed_precision: Literal["", "no", "fp16", "bf16"] = ""  # empty: what `accelerate config` was told
+    mixed_precision: Literal["", "no", "fp16", "bf16"] = ""  # empty: what the launcher was told, else the device's best
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
-    compile: bool = False  # torch.compile the student
+    compile: bool = False  # torch.compile the student: pays on long runs only; on a CPU it takes a C++ compiler
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
     sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
@@ -124,7 +125,8 @@ def main(s: Settings):
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
     accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, s.track, s.out)
-    dtype = pick_dtype(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.device)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
+    dtype = pick_dtype(precision, accelerator.device)
     shares = accelerator.num_processes * s.accumulate
     require(s.batch_size % shares == 0, f"--batch-size must be a multiple of {shares}, processes x --accumulate")
     run = Run(s.out, s, s.resume, accelerator)
@@ -188,6 +190,8 @@ def main(s: Settings):
     require(not fsdp or s.optimizer == "adamw", "--optimizer adamw8bit does not work with FSDP")
     if s.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    dtype = fastest_kernels(run, student, dtype, auto=precision == "auto", steps=s.steps, batch_size=s.batch_size,
+                            tokens=teacher.tokenizer.model_max_length)
     if s.compile:
         student.compile()
     trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
@@ -197,7 +201,7 @@ def main(s: Settings):
     run.begin("V-3", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype))
 
         lr = trainer.lr
         losses = torch.zeros(3, device=accelerator.device)  # task, KD, features; over the passes of a batch
@@ -234,7 +238,7 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-3", trainer.ema_student, teacher, evaluation, val_set,

@@ -30,13 +30,14 @@ from common.files import from_root, make_folder, model_place
 from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
+from common.precision import autocast, fastest_kernels, kept_dtype, pick_dtype
 from common.report import check_hub, finish, scores_table, summary
 from common.run import Run
 from common.sampling import denoise, encode_captions, make_scheduler
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import load_teacher, load_unet
-from common.trainer import Trainer, due, pick_dtype, predict_noise, start_accelerator
+from common.trainer import Trainer, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -84,6 +85,7 @@ class Settings:
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen parts and of autocast around the student
+    compile: bool = False  # torch.compile the student: pays on long runs only; on a CPU it takes a C++ compiler
     cache_folder: str = "data/cache"  # where trajectories and the evaluations' frozen side are kept: it serves all runs
     workers: int = 2  # processes that decode pictures for the evaluation; 0: this one
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
@@ -137,11 +139,13 @@ class Trajectories:
                 encoded = upload(torch.from_numpy(self.embeddings[list(rows)]), device).to(teacher.unet.dtype)
                 if guidance > 1:
                     encoded = torch.cat([empty.expand(len(rows), -1, -1), encoded])  # (2 n, tokens, width)
-                path = list(denoise(teacher.unet, finer, z, encoded, guidance, None))
+                with autocast(z.device, lowered):
+                    path = list(denoise(teacher.unet, finer, z, encoded, guidance, None))
                 states = [z, *path[teacher_steps // passes - 1 :: teacher_steps // passes]]
                 yield list(rows), rows[-1] + 1, torch.stack(states, 1).float().cpu().numpy()
 
-        key = cache_key("trajectories", teacher, captions, passes, teacher_steps, guidance, side)
+        lowered = kept_dtype(teacher.text_encoder)  # the U-Net has its precision, and may be gone where all is cached
+        key = cache_key("trajectories", teacher, captions, passes, teacher_steps, guidance, side, str(lowered))
         folder = folder / f"trajectories-{key}"
         self.embeddings, _ = cached_array(folder, "captions", (len(captions), *empty.shape[1:]), embed, "cap")
         self.states, made = cached_array(folder, "states", (len(captions), passes + 1, *shape), draw, "img")
@@ -238,6 +242,10 @@ def main(s: Settings):
         teacher_rows[f"teacher, {passes} passes"] = evaluator.teacher_scores(s.final_samples, **shorter)
     teacher.unet = None  # nothing asks it from here on: its memory is free
 
+    dtype = fastest_kernels(run, student, dtype, auto=s.dtype == "auto", steps=s.steps, batch_size=s.batch_size,
+                            tokens=teacher.tokenizer.model_max_length)
+    if s.compile:
+        student.compile()
     trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
                       weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
     few = dict(sampler="ddim-trailing", steps=s.passes, guidance=1.0)  # how the student draws
@@ -246,7 +254,7 @@ def main(s: Settings):
     run.begin("V-4", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, **few))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **few))
 
         rows, segments, encoder_hidden_states = trajectories.draw(step)
         z, wanted = trajectories.state(rows, segments), trajectories.state(rows, segments + 1)
@@ -266,13 +274,14 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, **few)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **few)
     run.record(s.steps, evaluation)
     rows = {f"teacher, {2 * s.sample_steps} passes": evaluation.teacher_scores}
     for passes in sorted({*s.also_passes, s.passes}):
-        again = passes == s.passes
-        scored = evaluation if again else evaluator.evaluate(trainer.ema_student, s.final_samples, **few | {"steps": passes})
-        rows[f"student, {passes} passes"] = scored.scores
+        drawn = evaluation
+        if passes != s.passes:
+            drawn = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **few | {"steps": passes})
+        rows[f"student, {passes} passes"] = drawn.scores
     run.log(step=s.steps, passes=teacher_rows | rows)
     if accelerator.is_main_process:
         for found in filter(None, (teacher_rows, rows)):
