@@ -320,8 +320,8 @@ class TeacherStore:
     as there are draws; part k uses draw k.
     """
 
-    def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float], steps: int):
-        """`predict(noisy, batch)` is the teacher's pass, called for what is not in the cache yet."""
+    def __init__(self, pairs: TrainingPairs, predict, dropouts: list[float], steps: int, guidance: float = 1.0):
+        """`predict(noisy, batch)` is the teacher's pass, with `guidance`, called for what is not in the cache yet."""
         self.pairs, self.dropouts, self.steps, self.stored = pairs, dropouts, steps, []
         self.seconds = 0.0  # that it took to make, now or in an earlier run
         teacher = pairs.teacher
@@ -337,7 +337,7 @@ class TeacherStore:
                     yield indices.tolist(), int(indices[-1]) + 1, predicted.float().cpu().numpy()
 
             key = cache_key("store", teacher, pairs.dataset.fingerprint(), k, dropout, pairs.flip,
-                            lowered == torch.bfloat16)
+                            str(lowered), guidance)
             shape = (len(pairs), *pairs.latents[0].shape[1:])
             array, made = cached_array(pairs.folder, f"teacher-{k}-{key}", shape, produce, "img")
             self.stored.append(array)

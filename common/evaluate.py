@@ -143,7 +143,7 @@ def main(s: Settings):
         unet = load_unet(place, what="the model").to(accelerator.device)
         ours, theirs = unet.config.in_channels, teacher.unet.config.in_channels
         require(ours == theirs, f"{name} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
-        own = drawn_with(place)  # a student of few steps
+        own = drawn_with(place)  # a student of few steps or of learned guidance
         evaluation = evaluator.evaluate(unet, count, dtype, **own)
         run = Path(place).parent if Path(place).name == "student" else Path(place)
         title = f"{run.name} ({len(rows)})" if run.name in rows else run.name

@@ -249,8 +249,8 @@ def drawn_with(name: str) -> dict:
     said = ModelCard.load(readme).data.to_dict().get("inference")
     if not said:
         return {}
-    parameters = said["parameters"]
-    return {"sampler": "ddim-trailing", "steps": parameters["num_inference_steps"], "guidance": parameters["guidance_scale"]}
+    options, few = {"guidance": said["parameters"]["guidance_scale"]}, said["parameters"].get("num_inference_steps")
+    return options | ({"sampler": "ddim-trailing", "steps": few} if few else {})
 
 
 def model_card(title: str, teacher_name: str, data: str, val_split: str, resolution: int, scores: dict,

@@ -13,10 +13,12 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TEACHER, lines, refusal, run, run_apart, script
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from common.report import comparable
+from common.cache import Batch
+from common.report import comparable, drawn_with
+from common.sampling import encode_captions
 
 SCRIPTS = {"v1": "v1/1.py", "v2.1": "v2/2.1.py", "v2.2": "v2/2.2.py", "v2.2 store": "v2/2.2.py"}
 OWN = {"v1": ["--mid-block", "--feature-blocks", "down_blocks.0,mid_block,up_blocks.3", "--progressive", "--chains",
@@ -260,6 +262,36 @@ def test_help_shows_every_setting_with_its_default():
     text = " ".join(done.stdout.split())
     assert "weight of the KD term at the first step (default 1.0)" in text
     assert "320,352; with --mini" in text
+
+
+def test_the_guided_prediction_is_the_pipelines(teacher):
+    """Against the one guided step of diffusers' pipeline, from pure noise."""
+    captions, noise = ["a cat on the grass", "a dog at night"], torch.randn(2, 4, 8, 8)
+    scheduler = DDIMScheduler.from_config(teacher.noise_scheduler.config, timestep_spacing="trailing")
+    pipeline = StableDiffusionPipeline(
+        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    want = pipeline(captions, num_inference_steps=1, guidance_scale=3.0, latents=noise, output_type="latent").images
+    states, empty = (encode_captions(teacher.text_encoder, teacher.tokenizer, texts) for texts in (captions, [""]))
+    batch = Batch(noise, states, noise, torch.tensor([999, 999]))
+    with torch.no_grad():
+        found = script("v2/2.2.py").ask(teacher.unet, noise, batch, empty, 3.0)
+    landed = scheduler.step(found, 999, noise).prev_sample
+    torch.testing.assert_close(landed, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", [0, 2])
+def test_a_student_of_learned_guidance_is_drawn_without(small_set, cache, tmp_path, store):
+    arguments = command("v2.1", small_set, cache, tmp_path / "run", "--learned-guidance", "3", "--store", store)
+    done = run("v2/2.2.py", *arguments[1:])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 samples, 3 DDPM steps, guidance 1:" in done.stdout
+    train = [x for x in lines(tmp_path / "run") if "loss" in x]
+    assert all(x["alpha"] == 1 and x["dropout"] == 0 and x["loss"] == x["kd_loss"] for x in train) and len(train) == 12
+    assert drawn_with(str(tmp_path / "run" / "student")) == {"guidance": 1.0}
+    assert "guidance_scale=1.0" in (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
 
 
 def test_linear_against_closed_form():

@@ -10,6 +10,9 @@ noise level and resolution, knows more than a blind guess, which is measured fir
 dropped more and more often (with a store of K draws, in K steps), which teaches the unconditional half of classifier-free
 guidance. Latents and caption embeddings (as many as `--cache-gb` holds) are computed once, before training, and so are the
 teacher's predictions, for `--store` K fixed draws of every picture: its U-Net does not run in training.
+
+With `--learned-guidance` above 1 the target is the teacher's guided prediction, at alpha 1 and without dropped captions. Such
+a student is drawn with guidance 1: one pass a step instead of two (arXiv 2210.03142).
 """
 
 import sys
@@ -66,6 +69,7 @@ class Settings:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
     alpha_start: float = 1.0  # weight of the KD term at the first step
     alpha_end: float = 0.5  # and at the last one, linear in between
+    learned_guidance: float = 1.0  # guidance scale of the teacher's predictions; above 1 the student needs none of its own
     weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
     dropout_end: float = 0.2  # and at the last one, linear in between (with --store K it rises in K equal jumps)
@@ -110,6 +114,17 @@ def linear(start: float, end: float, step: float, steps: int) -> float:
     return start + (end - start) * step / max(1, steps - 1)
 
 
+def ask(unet, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float) -> torch.Tensor:
+    """(B, 4, h, w): the teacher's prediction; for a `guidance` above 1 the guided one (arXiv 2207.12598, eq. 6), in one pass:
+    eps_empty + guidance (eps_caption - eps_empty). `empty`: the empty caption's states (1, tokens, width)."""
+    if guidance <= 1:
+        return predict_noise(unet, noisy, batch)
+    states = torch.cat([empty.expand(len(noisy), -1, -1), batch.encoder_hidden_states])
+    both = batch._replace(encoder_hidden_states=states, timesteps=batch.timesteps.repeat(2))
+    pred_empty, pred_caption = predict_noise(unet, noisy.repeat(2, 1, 1, 1), both).chunk(2)
+    return pred_empty + guidance * (pred_caption - pred_empty)
+
+
 def main(s: Settings):
     require(s.cache or not s.store, "--store needs the cache: leave out --no-cache, or take fresh draws with --store 0")
     accelerator = start_accelerator(s.device, track=s.track, out=s.out)
@@ -146,16 +161,20 @@ def main(s: Settings):
     accelerator.print(summary(student, teacher, pairs, evaluator))
 
     fitness = measure_fitness(teacher, evaluator)
-    effect = "the KD counts less there" if s.weigh_teacher else "the KD pulls the student to what is wrong"
+    guided = s.learned_guidance > 1  # noise knows no guidance, so the student then learns from the teacher alone
+    weighed = s.weigh_teacher and not guided
+    effect = "the KD counts less there" if weighed else "the KD pulls the student to what is wrong"
     accelerator.print(fitness.describe(s.resolution, effect))
     if not run.begun:
         run.log(step=0, **fitness._asdict())
-    knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
+    knowledge = fitness.knowledge(noise_scheduler, weighed).to(accelerator.device)  # (timesteps,) in 0..1
 
     batches = pairs
     if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves
         rates = [linear(s.dropout_start, s.dropout_end, k + 0.5, s.store + 1) for k in range(s.store)]
-        batches = TeacherStore(pairs, lambda noisy, batch: predict_noise(teacher.unet, noisy, batch), rates, s.steps)
+        rates = [0.0] * s.store if guided else rates
+        batches = TeacherStore(pairs, lambda *asked: ask(teacher.unet, *asked, pairs.empty, s.learned_guidance), rates, s.steps,
+                               s.learned_guidance)
         if not run.begun:
             run.log(step=0, store_seconds=batches.seconds)
         if s.eval_every:
@@ -169,21 +188,22 @@ def main(s: Settings):
         student.compile()
     trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
                       weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
+    own = {"guidance": 1.0} if guided else {}  # how the student draws, where that is not the teacher's way
     first_step = trainer.restore(run.folder) if s.resume else 0
     run.begin("V-2.2", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **own))
 
-        alpha = linear(s.alpha_start, s.alpha_end, step, s.steps)
-        dropout = linear(s.dropout_start, s.dropout_end, step, s.steps)
+        alpha = 1.0 if guided else linear(s.alpha_start, s.alpha_end, step, s.steps)
+        dropout = 0.0 if guided else linear(s.dropout_start, s.dropout_end, step, s.steps)
         batch = batches.draw(step, dropout)  # from the store or fresh; either way a Batch
         noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
         with trainer.autocast():
             teacher_pred = batch.teacher_pred  # (B, 4, h, w)
             if teacher_pred is None:  # the teacher's pass costs more than the student's step
                 with torch.no_grad():
-                    teacher_pred = predict_noise(teacher.unet, noisy, batch)
+                    teacher_pred = ask(teacher.unet, noisy, batch, pairs.empty, s.learned_guidance)
             noise_pred = predict_noise(trainer.model, noisy, batch)
         known = knowledge[batch.timesteps].view(-1, 1, 1, 1)
         kd_loss = F.mse_loss(noise_pred, torch.lerp(batch.noise, teacher_pred, known))
@@ -201,11 +221,12 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **own)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-2.2", trainer.ema_student, teacher, evaluation, val_set,
-               warning=fitness.warning(s.resolution, effect), push_to_hub=s.push_to_hub)
+               warning=fitness.warning(s.resolution, effect), inference={"guidance_scale": 1.0} if guided else None,
+               push_to_hub=s.push_to_hub)
     accelerator.end_training()
 
 
