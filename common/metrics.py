@@ -23,7 +23,7 @@ from common.cache import cache_key, cached_array
 from common.coco import images as images_of
 from common.files import fingerprint, full_disk_is_one_line, write_atomically
 from common.mini import EFFNET_INPUT_PX, EffNetLite0
-from common.precision import autocast
+from common.precision import autocast, kept_dtype
 from common.sampling import reconstruct, sample
 from common.settings import require
 
@@ -176,12 +176,14 @@ class Evaluator:
         place = (count, *sorted(other.items()))
         if place not in self._teacher_images:
             captions, sampling = self.captions[:count], self.sampling | other
-            key = cache_key("teacher images", self.teacher, captions, sorted(sampling.items()))
-            name = f"teacher-{count}-{key}.safetensors"
-            shipped = Path(self.teacher.name) / "evaluation" / name
-            path = shipped if shipped.is_file() else Path(keep or self.folder) / name
+            name = f"teacher-{count}-{cache_key('teacher images', self.teacher, captions, sorted(sampling.items()))}"
+            path = Path(self.teacher.name) / "evaluation" / f"{name}.safetensors"
+            if not path.is_file():
+                dtype = torch.float32 if keep else kept_dtype(self.teacher.vae)  # what is shipped is as exact as the weights
+                suffix = "-bf16" if dtype == torch.bfloat16 else ""
+                path = Path(keep or self.folder) / f"{name}{suffix}.safetensors"
             if not self._everywhere(path):
-                images, seconds = self._draw(self.teacher.unet, captions, "teacher's images", **other)
+                images, seconds = self._draw(self.teacher.unet, captions, "teacher's images", dtype, **other)
                 content = save({"images": images.contiguous(), "seconds": torch.tensor([seconds], dtype=torch.float64)})
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,10 @@
 The student starts as a slice of the teacher. Its loss on a noisy latent x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise is
 MSE(student(x_t), noise), the loss of DDPM (arXiv 2006.11239). The teacher's U-Net leaves memory before training; its
 autoencoder and text encoder have made the latents and as many caption embeddings as `--cache-gb` holds by then.
+
+With `--learned-guidance` w above 1 the student learns the guided prediction without a teacher (arXiv 2501.15420): what is held
+to the noise is empty + (student(x_t) - empty) / w, `empty` being its own prediction for no caption, which gets no gradient.
+Such a student is drawn with guidance 1: one pass a step instead of two.
 """
 
 import sys
@@ -59,6 +63,7 @@ class Settings:
     warmup: float = 0.05  # share of the steps in which it rises
     weight_decay: float = 0.01  # AdamW's
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
+    learned_guidance: float = 1.0  # guidance scale that it learns, from the noise alone; above 1 it is drawn without
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
@@ -139,16 +144,23 @@ def main(s: Settings):
         student.compile()
     trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
                       weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
+    guided = s.learned_guidance > 1
+    own = {"guidance": 1.0} if guided else {}  # how the student draws, where that is not the teacher's way
     first_step = trainer.restore(run.folder) if s.resume else 0
     run.begin("V-2.1", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **own))
 
         batch = pairs.draw(step, s.caption_dropout)
         noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
         with trainer.autocast():
             noise_pred = predict_noise(trainer.model, noisy, batch)  # (B, 4, h, w)
+            if guided:  # what is held to the noise is what the guided prediction was made from
+                unconditional = batch._replace(encoder_hidden_states=pairs.empty.expand_as(batch.encoder_hidden_states))
+                with torch.no_grad():
+                    pred_empty = predict_noise(trainer.model, noisy, unconditional)
+                noise_pred = pred_empty + (noise_pred - pred_empty) / s.learned_guidance
         loss = F.mse_loss(noise_pred, batch.noise)
         lr = trainer.lr
         trainer.step(loss)  # backward, clip, AdamW, OneCycleLR, EMA
@@ -161,11 +173,11 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **own)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-2.1", trainer.ema_student, teacher, evaluation, val_set,
-               push_to_hub=s.push_to_hub)
+               inference={"guidance_scale": 1.0} if guided else None, push_to_hub=s.push_to_hub)
     accelerator.end_training()
 
 

@@ -69,7 +69,7 @@ class Settings:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
     alpha_start: float = 1.0  # weight of the KD term at the first step
     alpha_end: float = 0.5  # and at the last one, linear in between
-    learned_guidance: float = 1.0  # guidance scale of the teacher's predictions; above 1 the student needs none of its own
+    learned_guidance: float = 1.0  # guidance scale of the teacher's predictions; above 1 it is drawn without
     weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
     dropout_end: float = 0.2  # and at the last one, linear in between (with --store K it rises in K equal jumps)
