@@ -115,6 +115,13 @@ class Adapted(torch.nn.Module):
     def unet(self):
         return self.around[0]
 
+    @property
+    def config(self):
+        return self.unet.config
+
+    def set_attn_processor(self, processor):
+        self.unet.set_attn_processor(processor)
+
     def forward(self, *args, **kwargs):
         return self.unet(*args, **kwargs)
 
@@ -212,7 +219,7 @@ def main(s: Settings):
     if s.gradient_checkpointing:
         teacher.unet.enable_gradient_checkpointing()
     teacher.unet.register_to_config(sample_size=side)
-    dtype = fastest_kernels(run, teacher.unet, dtype, auto=s.dtype == "auto", steps=s.steps, batch_size=s.batch_size,
+    dtype = fastest_kernels(run, adapted, dtype, auto=s.dtype == "auto", steps=s.steps, batch_size=s.batch_size,
                             tokens=teacher.tokenizer.model_max_length)
     trainer = Trainer(accelerator, adapted, ema_student=average, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)

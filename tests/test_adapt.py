@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_precision import DeviceProducts
 
+from common.precision import time_kernels
 from common.teacher import load_teacher, load_unet
 
 PATH, WEIGHTS = "checkpoints/adapt_teacher.py", "unet/diffusion_pytorch_model.safetensors"
@@ -91,6 +92,16 @@ def test_what_is_merged_predicts_what_was_trained(full):
         want = unet(*given).sample
         torch.testing.assert_close(merged(*given).sample, want, rtol=1e-4, atol=1e-4)
         assert (load_unet(str(TEACHER))(*given).sample - want).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_kernels_of_what_is_trained_can_be_timed(full):
+    """Torch 2.13 crashes in the backward pass of an adapter beside frozen weights in channels_last."""
+    unet = load_unet(str(TEACHER))
+    adapt.make_trainable(unet, 2, full)
+    unet.register_to_config(sample_size=4)
+    found = time_kernels(adapt.Adapted(unet), 2, 24)
+    assert len(found["seconds"]) == 4 and min(found["seconds"].values()) > 0
 
 
 def test_the_average_shares_the_frozen_weights():
