@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import inception_v3
 
 from common.cache import Batch
+from common.precision import autocast
 from common.report import table
 from common.sampling import decode_latents
 from common.settings import parse, start
@@ -128,7 +129,7 @@ class Measurement:
         parts = sd15(lambda kind, *args, **config: kind(*args, **config).eval().requires_grad_(False))
         torch.set_default_dtype(torch.float32)
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-        self.teacher = Teacher(name, tokenizer=None, noise_scheduler=scheduler, **parts)
+        self.teacher = Teacher(name, tokenizer=SimpleNamespace(model_max_length=77), noise_scheduler=scheduler, **parts)
         self.teacher.fingerprint = lambda *_: ""  # what has no values has none
         self.teacher.unet_config = {k: v for k, v in self.teacher.unet.config.items() if not k.startswith("_")}
         self.side = self.teacher.latent_side(self.settings.resolution)
@@ -179,14 +180,15 @@ class Measurement:
         return evaluator
 
     @torch.no_grad()
-    def evaluate(self, unet, *_, **__):
+    def evaluate(self, unet, _, dtype, **__):
         """What an evaluation holds at most: a sampler's step, decoding, Inception-v3."""
         self.memory.peak = self.memory.now
         count = self.settings.eval_batch
         twice = 2 * count  # both halves of guidance
         latents = torch.randn(count, 4, self.side, self.side)
-        unet(torch.randn(twice, 4, self.side, self.side), torch.zeros(twice), torch.randn(twice, 77, 768))
-        decode_latents(self.teacher.vae, latents)
+        with autocast(latents.device, dtype):
+            unet(torch.randn(twice, 4, self.side, self.side), torch.zeros(twice), torch.randn(twice, 77, 768))
+            decode_latents(self.teacher.vae, latents)
         self.inception(torch.randn(50, 3, 299, 299))
         self.row["evaluation"] = self.memory.peak
         return mock.MagicMock()
