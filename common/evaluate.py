@@ -85,7 +85,7 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
 
 
 def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int,
-               dtype: torch.dtype) -> dict:
+               dtype: torch.dtype = torch.float32) -> dict:
     """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher."""
     found = {}
     for number in passes:
@@ -133,16 +133,17 @@ def main(s: Settings):
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
 
-    count, dtype = len(evaluator.captions), drawing_dtype(s.dtype, accelerator.device)
+    count = len(evaluator.captions)
     shown = {"teacher": evaluator.teacher_images(count, keep=Path(teacher.name) / "evaluation" if s.ship else None)}
     rows, few = {"teacher": evaluator.teacher_scores(count)}, {}
     if s.passes:
-        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count, dtype)
+        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count)
     for name in s.model:
         place = model_place(name)
         unet = load_unet(place, what="the model").to(accelerator.device)
         ours, theirs = unet.config.in_channels, teacher.unet.config.in_channels
         require(ours == theirs, f"{name} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
+        dtype = drawing_dtype(s.dtype, accelerator.device, place)
         own = drawn_with(place)  # a student of few steps or of learned guidance
         evaluation = evaluator.evaluate(unet, count, dtype, **own)
         run = Path(place).parent if Path(place).name == "student" else Path(place)

@@ -1,12 +1,15 @@
 """Precision and kernels: of the frozen weights, and of autocast around what is trained and drawn."""
 
+import json
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+from common.files import read_text
 from common.settings import require
 
 DTYPES = {"fp32": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,9 +51,13 @@ def kept_dtype(network) -> torch.dtype:
     return torch.bfloat16 if network.dtype == torch.float32 and multiplies_bf16(network.device) else torch.float32
 
 
-def drawing_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of autocast around a network that only draws: `auto` is bf16 on CPUs that multiply it."""
-    return torch.bfloat16 if name == "auto" and multiplies_bf16(device) else pick_dtype(name, device)
+def drawing_dtype(name: str, device: torch.device, place: str) -> torch.dtype:
+    """The precision to draw a student in, whose folder is `place`: for `auto` on a CPU what its run chose, so that its figures
+    are the run's own."""
+    settings = Path(place).parent / "settings.json"
+    if name == "auto" and multiplies_bf16(device) and settings.is_file():
+        return DTYPES[json.loads(read_text(settings)).get("kernels", {"dtype": "fp32"})["dtype"]]
+    return pick_dtype(name, device)
 
 
 def fastest_kernels(run, student, dtype: torch.dtype, *, auto: bool, steps: int, batch_size: int, tokens: int) -> torch.dtype:

@@ -13,7 +13,7 @@ from test_trainer import tiny_unet
 from common import precision
 from common.cache import TeacherStore, TrainingPairs
 from common.coco import CocoCaptions
-from common.precision import fastest_kernels, kept_dtype, time_kernels
+from common.precision import drawing_dtype, fastest_kernels, kept_dtype, time_kernels
 from common.run import Run
 from common.trainer import predict_noise, start_accelerator
 
@@ -91,6 +91,16 @@ def test_a_resumed_run_takes_the_same_without_timing(monkeypatch, bf16_units, tm
     assert fastest_kernels(again, student, torch.float32, **run_of) == torch.bfloat16
     assert all(isinstance(p, AttnProcessor) for p in student.attn_processors.values())
     assert json.loads((out / "settings.json").read_text())["kernels"] == again.kernels
+
+
+def test_a_student_is_drawn_again_as_its_run_drew_it(bf16_units, tmp_path):
+    device, student = torch.device("cpu"), str(tmp_path / "student")
+    assert drawing_dtype("auto", device, student) == torch.float32  # no run of ours
+    (tmp_path / "settings.json").write_text("{}", "utf-8")
+    assert drawing_dtype("auto", device, student) == torch.float32
+    (tmp_path / "settings.json").write_text('{"kernels": {"dtype": "bf16"}}', "utf-8")
+    assert drawing_dtype("auto", device, student) == torch.bfloat16
+    assert drawing_dtype("fp32", device, student) == torch.float32
 
 
 @pytest.mark.parametrize("options", [dict(auto=False, steps=100), dict(auto=True, steps=99)])
