@@ -68,12 +68,14 @@ def fastest_kernels(run, student, dtype: torch.dtype, *, auto: bool, steps: int,
     settings.json, so that a resumed run follows it; fp32 stays unless another saves 5 %. A run of fewer than 100 steps
     would not earn the timing back and takes `dtype`.
     """
-    if not auto or steps < 100 or not multiplies_bf16(run.accelerator.device):
+    if not auto or steps < 100 or run.accelerator.device.type != "cpu":
         return dtype
-    choice = [run.kernels]
-    if run.main and not run.kernels:
+    choice = [run.kernels]  # a resumed run's, on whatever CPU it goes on
+    if run.main and not run.kernels and multiplies_bf16(run.accelerator.device):
         choice = [time_kernels(student, batch_size, tokens)]
     broadcast_object_list(choice)
+    if not choice[0]:
+        return dtype
     run.note_kernels(choice[0])
     return use_kernels(student, run.kernels)
 

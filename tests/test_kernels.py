@@ -86,6 +86,7 @@ def test_a_resumed_run_takes_the_same_without_timing(monkeypatch, bf16_units, tm
 
     (out / "checkpoint-00000001").mkdir()
     monkeypatch.setattr(precision, "time_kernels", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)  # on another machine, even
     again, student = Run(str(out), Settings(), True, accelerator), tiny_unet()
     again.create("data", "teacher", torch.float32)
     assert fastest_kernels(again, student, torch.float32, **run_of) == torch.bfloat16
