@@ -201,7 +201,7 @@ def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, i
     pipeline = pipeline_of(teacher, student, DDIMScheduler.from_config(teacher.noise_scheduler.config))
 
     def by_pipeline():
-        with world.trainer.autocast():
+        with autocast(world.device, teacher.vae.dtype):  # the frozen weights', which `sampling` has too
             return pipeline(captions, num_inference_steps=5, guidance_scale=5.0, output_type="np",
                             generator=torch.Generator().manual_seed(0)).images
 
