@@ -60,19 +60,25 @@ def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([decode_latents(vae, encode_images(vae, chunk)).cpu() for chunk in chunks])
 
 
+def guide(noise_pred: torch.Tensor, guidance: float) -> torch.Tensor:
+    """(N, 4, h, w): the guided prediction (Ho & Salimans, arXiv 2207.12598), eps_empty + guidance (eps_caption - eps_empty), of
+    the predictions (2 N, 4, h, w) for no captions and for captions."""
+    pred_empty, pred_caption = noise_pred.chunk(2)
+    return pred_empty + guidance * (pred_caption - pred_empty)
+
+
 @torch.no_grad()
 def denoise(unet, scheduler, latents: torch.Tensor, encoded: torch.Tensor, guidance: float, generator):
     """Yields the latents (N, 4, h, w) after each step of `scheduler`, whose timesteps are set.
 
-    `encoded`: the captions (N, tokens, width); for guidance above 1 as many empty ones before them. Guidance (Ho & Salimans):
-    eps = eps_empty + guidance (eps_caption - eps_empty); at 1, as in diffusers' pipeline, eps_caption alone.
+    `encoded`: the captions (N, tokens, width); for guidance above 1 (see `guide`) as many empty ones before them. At 1, as in
+    diffusers' pipeline, the captions' prediction stands alone.
     """
     for t in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents.repeat(len(encoded) // len(latents), 1, 1, 1), t).to(encoded.dtype)
         noise_pred = unet(inputs, t, encoded, return_dict=False)[0].float()
         if guidance > 1:
-            pred_empty, pred_caption = noise_pred.chunk(2)
-            noise_pred = pred_empty + guidance * (pred_caption - pred_empty)
+            noise_pred = guide(noise_pred, guidance)
         latents = scheduler.step(noise_pred, t, latents, generator=generator, return_dict=False)[0]
         yield latents
 

@@ -35,6 +35,7 @@ from common.mini import caption_scores
 from common.precision import fastest_kernels, pick_dtype
 from common.report import check_hub, finish, summary
 from common.run import Run
+from common.sampling import guide
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import UNet2DConditionModel, load_teacher
@@ -115,14 +116,13 @@ def linear(start: float, end: float, step: float, steps: int) -> float:
 
 
 def ask(unet, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float) -> torch.Tensor:
-    """(B, 4, h, w): the teacher's prediction; for a `guidance` above 1 the guided one (arXiv 2207.12598, eq. 6), in one pass:
-    eps_empty + guidance (eps_caption - eps_empty). `empty`: the empty caption's states (1, tokens, width)."""
+    """(B, 4, h, w): the teacher's prediction; for a `guidance` above 1 the guided one, in one pass. `empty`: the empty
+    caption's states (1, tokens, width)."""
     if guidance <= 1:
         return predict_noise(unet, noisy, batch)
     states = torch.cat([empty.expand(len(noisy), -1, -1), batch.encoder_hidden_states])
     both = batch._replace(encoder_hidden_states=states, timesteps=batch.timesteps.repeat(2))
-    pred_empty, pred_caption = predict_noise(unet, noisy.repeat(2, 1, 1, 1), both).chunk(2)
-    return pred_empty + guidance * (pred_caption - pred_empty)
+    return guide(predict_noise(unet, noisy.repeat(2, 1, 1, 1), both), guidance)
 
 
 def main(s: Settings):
