@@ -242,11 +242,16 @@ def licence_of(name: str) -> str | None:
 
 
 def drawn_with(name: str) -> dict:
-    """The options of `common.sampling.sample` that the card of a saved student names: {} for one that needs none of its own."""
+    """The options of `common.sampling.sample` that the card of a saved student, a folder or a hub id, names: {} for one that
+    needs none of its own."""
     readme = Path(name) / "README.md"
-    if not readme.is_file():
+    local = Path(name).exists()
+    if local and not readme.is_file():
         return {}
-    said = ModelCard.load(readme).data.to_dict().get("inference")
+    try:
+        said = ModelCard.load(readme if local else name).data.to_dict().get("inference")
+    except (OSError, ValueError):  # no card on the hub, or no network
+        return {}
     if not said:
         return {}
     options, few = {"guidance": said["parameters"]["guidance_scale"]}, said["parameters"].get("num_inference_steps")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -53,7 +53,9 @@ class Teacher:
 
     def folder(self) -> Path:
         """Where its files lie: its folder, or the hub client's cache of it."""
-        return Path(self.name if Path(self.name).is_dir() else snapshot_download(self.name, local_files_only=True))
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        return Path(try_to_load_from_cache(self.name, "unet/config.json")).parents[1]
 
     def fingerprint(self, *parts: str) -> str:
         """A hash of everything of the named parts (of all) that changes a number: weights, config, vocabulary."""

@@ -1,8 +1,11 @@
 """Loading a teacher by hub id and uploading a student, against servers on loopback that speak the hub's protocol."""
 
+import shutil
+
 import pytest
 from conftest import TEACHER, run_apart
 from hub_servers import NOWHERE, environment_of, serve_repository, serve_uploads
+from huggingface_hub import ModelCard
 
 # the hub's client waits half a minute in all between its retries, which no setting shortens
 IMPATIENT = "import time; time.sleep = lambda _: None\n"
@@ -45,6 +48,31 @@ def test_a_hub_id_that_was_loaded_before_is_not_downloaded_again(hub, tmp_path):
     before = len(requests)
     again = load("somebody/mini", environment, tmp_path)
     assert again.returncode == 0 and not [p for m, p, _ in requests[before:] if m == "GET" and p.endswith(".safetensors")]
+
+
+AFTER_A_PIPELINE = ("sys.path.insert(0, '.')\nimport common\nfrom diffusers import StableDiffusionPipeline\n"
+                    "pipeline = StableDiffusionPipeline.from_pretrained('somebody/mini', safety_checker=None)\n"
+                    "import torch\nfrom common.report import drawn_with\n"
+                    "from common.teacher import load_teacher\n"
+                    "folder = load_teacher('somebody/mini', torch.device('cpu')).folder()\n"
+                    "print('parts', *sorted(path.name for path in folder.iterdir() if path.is_dir()))\n"
+                    "print('drawn with', drawn_with('somebody/mini'))\n")
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_was_downloaded_before_and_its_card(tmp_path):
+    """The pipeline's own download leaves out files that nothing loads, which the client then calls incomplete."""
+    folder = tmp_path / "model"
+    shutil.copytree(TEACHER, folder)
+    card = ModelCard.load(folder / "README.md")
+    card.data.inference = {"parameters": {"num_inference_steps": 4, "guidance_scale": 1.0}}
+    card.save(folder / "README.md")
+    with serve_repository(folder) as (endpoint, _, _):
+        done = run_apart("-c", "import sys\n" + IMPATIENT + AFTER_A_PIPELINE,
+                         env={**environment_of(endpoint), "HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert "parts scheduler text_encoder tokenizer unet vae" in done.stdout
+    assert "drawn with {'guidance': 1.0, 'sampler': 'ddim-trailing', 'steps': 4}" in done.stdout
 
 
 @pytest.mark.slow
