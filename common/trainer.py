@@ -209,7 +209,8 @@ class Trainer:
             for name, module in self.also_saved.items():
                 module.load_state_dict(state[name])
             self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty where the run was not in fp16 until now
+                self.scaler.load_state_dict(state["scaler"])
             self.skipped.copy_(state["skipped"])
         except Exception as error:  # whatever a damaged file makes the loaders raise
             self.accelerator.print(f"{checkpoint.name} is broken ({first_line(error)}); trying the one before it")

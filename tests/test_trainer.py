@@ -176,6 +176,18 @@ def test_a_checkpoint_holds_everything_that_training_changes(tmp_path, dtype):
     assert again.lr == trainer.lr and again.scaler.state_dict() == trainer.scaler.state_dict()
 
 
+@pytest.mark.parametrize("before, after", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+def test_a_run_goes_on_in_another_precision(tmp_path, before, after):
+    """As on a card that has no bf16, or has."""
+    trainer = trainer_of(tiny_unet(), dtype=before)
+    trainer.step(noise_loss(trainer, some_batch()))
+    trainer.save(tmp_path)
+    again = trainer_of(tiny_unet(), dtype=after)
+    assert again.restore(tmp_path) == 1
+    again.step(noise_loss(again, some_batch()))
+    assert again.done_steps == 2 and again.bad_steps() == (0, 0)
+
+
 def test_checkpoints_that_are_all_broken_are_one_line(tmp_path):
     trainer = trainer_of(tiny_unet())
     trainer.step(noise_loss(trainer, some_batch()))
