@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -104,6 +105,8 @@ def reserve(path: Path):
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    elif sys.platform == "darwin" and shutil.disk_usage(path.parent).free < path.stat().st_size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def model_place(name: str) -> str:

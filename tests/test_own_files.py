@@ -3,9 +3,12 @@
 import io
 import json
 import os
+import shutil
 import struct
+import sys
 import tarfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from common.coco import CocoCaptions, captions_of, images, load_image
+from common.files import is_disk_full, reserve
 
 data = script("v3/data.py")
 import coco_dataset
@@ -512,6 +516,19 @@ def test_ids_of_any_kind_make_samples_of_their_own(tmp_path):
     dataset = CocoCaptions(root, "train", SIZE)
     assert [json.loads(sample["json"])["image_id"] for sample in found] == dataset.image_ids
     assert [coco_dataset.sample_captions(sample) for sample in found] == dataset.captions
+
+
+def test_a_mac_asks_for_space_before_it_maps_a_file(tmp_path, monkeypatch):
+    """Its Python cannot claim any, and a map onto a full disk ends the process."""
+    path = tmp_path / "array.npy"
+    path.write_bytes(bytes(1000))
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    reserve(path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    with pytest.raises(OSError) as found:
+        reserve(path)
+    assert is_disk_full(found.value, tmp_path)
 
 
 def test_pictures_that_are_gone_are_skipped_and_only_a_full_disk_asks_for_space(tmp_path, capsys, monkeypatch):

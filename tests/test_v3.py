@@ -362,6 +362,34 @@ def test_a_stream_that_skips_goes_on_where_it_was(shards, workers):
             assert torch.equal(pixels, again) and captions == again_captions
 
 
+SPAWNED = """
+import multiprocessing, os, signal, sys
+import torch
+sys.path[:0] = [".", "v3"]
+from coco_dataset import ShardPairs
+from common.teacher import load_teacher
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn")
+    signal.signal(signal.SIGINT, lambda *_: None)  # as a run does, to save first
+    teacher = load_teacher("checkpoints/mini-teacher", torch.device("cpu"))
+    pairs = ShardPairs(sys.argv[1], teacher, size_px=32, batch_size=4, seed=0, device="cpu", workers=1, rank=0, processes=1)
+    pairs.stream = pairs._open(4, 0)
+    next(pairs.stream)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    print("drawn", sum(len(next(pairs.stream)[1]) for _ in range(8)))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_spawned_workers_alive(shards, tmp_path):
+    """As macOS and Windows start them."""
+    (tmp_path / "spawned.py").write_text(SPAWNED, "utf-8")
+    done = run_apart(tmp_path / "spawned.py", shards)
+    assert done.returncode == 0 and "drawn 32" in done.stdout, done.stderr[-2000:]
+
+
 def test_broken_shards_are_counted(shards, tmp_path):
     for number, shard in enumerate(sorted(shards.glob("*.tar"))[:2]):
         (tmp_path / f"{number}.tar").write_bytes(shard.read_bytes())

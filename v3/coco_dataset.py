@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,12 @@ class ShardStream(torch.utils.data.IterableDataset):
         raise RuntimeError(f"none of {bad:,} samples in a row has a picture that can be decoded and a caption")
 
 
+def leave_ctrl_c(_):
+    """Ctrl-C reaches the workers too, which must live until the main process has saved. Forked ones inherit its answer to it,
+    spawned ones do not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class ShardPairs:
     """The same as `TrainingPairs` from tar shards: `draw` must be called for every part of every step, in order.
 
@@ -193,5 +200,5 @@ class ShardPairs:
     def _open(self, share: int, skip: int):
         """Batches of `share` pictures from number `skip` on."""
         stream = ShardStream(self.shards, self.size_px, share, self.seed, self.rank, self.processes, skip)
-        loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=self.workers)
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=self.workers, worker_init_fn=leave_ctrl_c)
         return iter(loader)
