@@ -148,14 +148,13 @@ class Measurement:
 
     def trajectories(self):
         def draw(_):
-            self.batch_bytes = embeddings.nbytes + 3 * states[0].nbytes  # two states, and the prediction's place
-            return None, torch.zeros(n, dtype=torch.long), embeddings
-
-        n, passes = self.settings.batch_size, self.settings.passes
-        states, embeddings = torch.randn(passes + 1, n, 4, self.side, self.side), torch.randn(n, 77, 768)
-        return SimpleNamespace(
-            draw=draw, state=lambda *_: torch.randn_like(states[0]), land=lambda z, noise_pred, _: z + noise_pred, unit=1.0,
-            timesteps=torch.zeros(passes, dtype=torch.long), scheduler=None, seconds=0.0)
+            n, shape = self.settings.batch_size, (self.settings.batch_size, 4, self.side, self.side)
+            batch = SimpleNamespace(
+                z=torch.randn(shape), wanted=torch.randn(shape), encoder_hidden_states=torch.randn(n, 77, 768),
+                timesteps=torch.zeros(n, dtype=torch.long), a=torch.ones(n, 1, 1, 1), a_next=torch.ones(n, 1, 1, 1))
+            self.batch_bytes = sum(tensor.nbytes for tensor in vars(batch).values())
+            return batch
+        return SimpleNamespace(draw=draw, unit=1.0, scheduler=None, seconds=0.0)
 
     def run(self):
         run = mock.MagicMock(begun=False, evaluated=set(), begin=self.begin_training, log_step=self.after_step)

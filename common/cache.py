@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common.coco import CocoCaptions, images
 from common.files import fingerprint, full_disk_is_one_line, reserve, write_atomically
 from common.precision import autocast, kept_dtype
-from common.sampling import encode_captions, encode_images
+from common.sampling import encode_captions, encode_images, upload
 from common.settings import require
 
 # Raise it with every change of the code that changes what is computed from the same inputs, and make the embedded teacher's
@@ -135,13 +135,6 @@ class Batch(NamedTuple):
     timesteps: torch.Tensor  # (B,)
     teacher_pred: torch.Tensor | None = None  # (B, 4, h, w) the teacher's prediction, where it was stored
     dropout: float = 0.0  # the rate at which captions were dropped
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device. On CUDA through pinned memory, as a plain copy would make every step wait for the last."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def draw_noise(rng: np.random.Generator, shape: tuple, chain: torch.Tensor | None, mine: slice, noise_scheduler, device):

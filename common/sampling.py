@@ -18,6 +18,13 @@ def make_scheduler(sampler: str, noise_scheduler):
     return kind.from_config(noise_scheduler.config, **options)
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device. On CUDA through pinned memory, as a plain copy would make every step wait for the last."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @torch.no_grad()
 def encode_captions(text_encoder, tokenizer, captions: list[str], batch: int = 256) -> torch.Tensor:
     """(N, tokens, width) hidden states of the text encoder, as Stable Diffusion's U-Net takes them."""
@@ -25,7 +32,7 @@ def encode_captions(text_encoder, tokenizer, captions: list[str], batch: int = 2
     for i in range(0, len(captions), batch):
         tokens = tokenizer(captions[i : i + batch], padding="max_length", truncation=True, return_tensors="pt",
                            max_length=tokenizer.model_max_length)
-        chunks.append(text_encoder(tokens.input_ids.to(device))[0])
+        chunks.append(text_encoder(upload(tokens.input_ids, device))[0])
     return torch.cat(chunks)
 
 
@@ -65,6 +72,12 @@ def guide(noise_pred: torch.Tensor, guidance: float) -> torch.Tensor:
     the predictions (2 N, 4, h, w) for no captions and for captions."""
     pred_empty, pred_caption = noise_pred.chunk(2)
     return pred_empty + guidance * (pred_caption - pred_empty)
+
+
+def ddim_step(z: torch.Tensor, noise_pred: torch.Tensor, a: torch.Tensor, a_next: torch.Tensor) -> torch.Tensor:
+    """DDIM's deterministic step (arXiv 2010.02502, eq. 12, eta = 0) between two cumulative alphas."""
+    x0 = (z - (1 - a).sqrt() * noise_pred) / a.sqrt()
+    return a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise_pred
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ VERSIONS = {
     "v2.2 no cache": ("v2/2.2.py", "--channels", "64", "--store", "0", "--no-cache"),
     "v3": ("v3/train_student_kd.py", "--channels", "32,48,64"),
     "v3 shards": ("v3/train_student_kd.py", "--channels", "32,48,64"),
-    "v4": ("v4/4.py", "--channels", "64", "--trajectories", "12", "--teacher-steps", "2", "--passes", "2",
+    "v4": ("v4/4.py", "--channels", "64", "--trajectories", "12", "--teacher-steps", "1,1", "--passes", "2",
            "--also-passes", "1"),
 }
 # Losses are means of squared errors near 1 at first. bf16 has 8 bits of precision: 0.4 % a rounding; measured: 1.9 % at most,

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
 from common.cache import Batch
 from common.features import ConvProjection, FeatureMatching, StudentWithFeatures, hook_both
+from common.sampling import ddim_step
 from common.slicing import even_channels, slice_unet, student_config
 
 v1 = script("v1/1.py")
@@ -82,12 +83,12 @@ def test_two_steps_of_a_known_gaussian_have_their_closed_form(teacher, stride):
     with mock.patch.object(v1, "predict_noise", exactly):
         target = v1.two_step_target(unet, z, batch, stride, abar)
     assert torch.allclose(target, want, rtol=1e-9, atol=1e-9)
-    one_step = v1.ddim_step(z, target, alpha**2, alpha_end**2)
+    one_step = ddim_step(z, target, alpha**2, alpha_end**2)
     assert torch.allclose(one_step, z_end, rtol=1e-7, atol=1e-9)
 
     rounded = v1.two_step_target(unet, z, batch, stride, abar)
     assert torch.allclose(rounded, want, rtol=0, atol=1e-5), (rounded - want).abs().max()
-    assert torch.allclose(v1.ddim_step(z, rounded, alpha**2, alpha_end**2), z_end, rtol=0, atol=1e-5)
+    assert torch.allclose(ddim_step(z, rounded, alpha**2, alpha_end**2), z_end, rtol=0, atol=1e-5)
 
 
 def test_weights_turn_epsilon_errors_into_those_of_each_target():

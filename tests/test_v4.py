@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEACHER, lines, refusal, run, script
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from common.cache import Batch
 from common.coco import CocoCaptions
-from common.sampling import sample
+from common.sampling import ddim_step, sample
 from common.slicing import slice_unet
 from common.teacher import load_unet
 from common.trainer import predict_noise
@@ -18,22 +17,23 @@ CAPTIONS = ["a cat", "a dog on the grass", "a pizza", "two cars", "a boat on the
 
 
 def trajectories_of(teacher, folder, batch_size=4, **more):
-    options = dict(passes=2, teacher_steps=4, guidance=3.0, side=8, batch_size=batch_size, seed=0, device=torch.device("cpu"))
+    options = dict(passes=2, teacher_steps=(2, 2), guidance=3.0, side=8, batch_size=batch_size, seed=0,
+                   device=torch.device("cpu"))
     return v4.Trajectories(teacher, CAPTIONS, folder, **options | more)
 
 
 def command(small_set, cache, out, *more) -> list[str]:
     return ["v4/4.py", "--mini", "--data", str(small_set), "--teacher", str(TEACHER), "--trajectories", "12",
-            "--teacher-passes", "6", "--teacher-steps", "4", "--passes", "2", "--also-passes", "1", "--steps", "6",
+            "--teacher-passes", "6", "--teacher-steps", "2,2", "--passes", "2", "--also-passes", "1", "--steps", "6",
             "--batch-size", "4", "--eval-every", "4", "--eval-samples", "4", "--final-samples", "8", "--sample-steps", "2",
             "--save-every", "2", "--log-every", "1", "--cache-folder", str(cache), "--out", str(out), *more]
 
 
 @pytest.mark.usefixtures("kept_in_fp32")
 def test_trajectories_are_the_pipelines_own_guided_path(teacher, tmp_path):
-    """Against StableDiffusionPipeline with diffusers' DDIMScheduler, state by state."""
+    """Against StableDiffusionPipeline with diffusers' DPMSolverMultistepScheduler, state by state."""
     found = trajectories_of(teacher, tmp_path)
-    scheduler = DDIMScheduler.from_config(teacher.noise_scheduler.config, timestep_spacing="trailing")
+    scheduler = DPMSolverMultistepScheduler.from_config(teacher.noise_scheduler.config, final_sigmas_type="sigma_min")
     pipeline = StableDiffusionPipeline(
         vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -44,7 +44,7 @@ def test_trajectories_are_the_pipelines_own_guided_path(teacher, tmp_path):
         path.append(values["latents"].clone())
         return values
 
-    pipeline(CAPTIONS, num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="latent",
+    pipeline(CAPTIONS, timesteps=[999, 749, 499, 176], guidance_scale=3.0, latents=noise, output_type="latent",
              callback_on_step_end=note)
     want = torch.stack([noise, path[1], path[3]], 1)
     torch.testing.assert_close(torch.from_numpy(found.states[:]).float(), want, rtol=2e-3, atol=4e-3)  # kept in fp16
@@ -56,41 +56,50 @@ def test_trajectories_are_the_pipelines_own_guided_path(teacher, tmp_path):
         teacher.unet = unet
 
 
-def test_landing_is_the_samplers_step(teacher, tmp_path):
+def test_a_step_lands_where_the_samplers_does(teacher, tmp_path):
     found = trajectories_of(teacher, tmp_path)
-    z, noise_pred = torch.randn(2, 2, 4, 8, 8)
-    landed = found.land(z, noise_pred, torch.tensor([0, 1]))
-    for k, t in enumerate(found.timesteps):
-        want = found.scheduler.step(noise_pred[k : k + 1], t, z[k : k + 1]).prev_sample
-        torch.testing.assert_close(landed[k : k + 1], want, rtol=1e-4, atol=1e-5)
+    batch = next(batch for batch in map(found.draw, range(9)) if len(set(batch.timesteps.tolist())) == 2)
+    noise_pred = torch.randn_like(batch.z)
+    landed = ddim_step(batch.z, noise_pred, batch.a, batch.a_next)
+    for i, t in enumerate(batch.timesteps):
+        want = found.scheduler.step(noise_pred[i : i + 1], t, batch.z[i : i + 1]).prev_sample
+        torch.testing.assert_close(landed[i : i + 1], want, rtol=1e-4, atol=1e-5)
     # an error of 1 in every prediction is a loss of 1, on the mean of the segments
-    missed = found.land(z, noise_pred + 1, torch.tensor([0, 1])) - landed
-    torch.testing.assert_close(missed.square().mean() / found.unit, torch.tensor(1.0))
+    first, second = batch.timesteps.tolist().index(999), batch.timesteps.tolist().index(499)
+    missed = ddim_step(batch.z, noise_pred + 1, batch.a, batch.a_next) - landed
+    assert missed[[first, second]].square().mean().item() / found.unit == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.usefixtures("kept_in_fp32")
 def test_a_teacher_of_as_many_steps_is_its_own_student(teacher, tmp_path):
     """With guidance 1 and as many steps as passes the teacher's slice, whole, has no loss."""
-    found = trajectories_of(teacher, tmp_path, teacher_steps=2, guidance=1.0)
+    batch = trajectories_of(teacher, tmp_path, teacher_steps=(1, 1), guidance=1.0).draw(3)
     student = slice_unet(teacher.unet, dict(teacher.unet.config)).eval()
-    rows, segments, states = found.draw(3)
-    z, wanted = found.state(rows, segments), found.state(rows, segments + 1)
     with torch.no_grad():
-        noise_pred = predict_noise(student, z, Batch(z, states, z, found.timesteps[segments]))
-    assert (found.land(z, noise_pred, segments) - wanted).abs().max() < 0.02
+        noise_pred = predict_noise(student, batch.z, batch)
+    assert (ddim_step(batch.z, noise_pred, batch.a, batch.a_next) - batch.wanted).abs().max() < 0.02
 
 
 def test_draws_depend_on_seed_and_step_alone_and_are_shared(teacher, tmp_path):
     whole = trajectories_of(teacher, tmp_path)
     halves = [trajectories_of(teacher, tmp_path, rank=rank, processes=2) for rank in range(2)]
     for step in (0, 5):
-        rows, segments, states = whole.draw(step)
-        again = trajectories_of(teacher, tmp_path).draw(step)
-        assert np.array_equal(rows, again[0]) and torch.equal(segments, again[1])
-        parts = list(zip(*(half.draw(step) for half in halves)))
-        assert np.array_equal(np.concatenate(parts[0]), rows) and torch.equal(torch.cat(parts[1]), segments)
-        assert torch.equal(torch.cat(parts[2]), states) and len(set(rows)) == 4
-    assert not np.array_equal(whole.draw(0)[0], whole.draw(1)[0])
+        batch, again = whole.draw(step), trajectories_of(teacher, tmp_path).draw(step)
+        for name, one, same, *parts in zip(batch._fields, batch, again, *(half.draw(step) for half in halves)):
+            assert torch.equal(one, same) and torch.equal(torch.cat(parts), one), name
+        assert len({tuple(states.flatten().tolist()) for states in batch.encoder_hidden_states}) == 4  # of as many paths
+    assert not torch.equal(whole.draw(0).z, whole.draw(1).z)
+
+
+def test_a_batch_holds_segments_of_the_trajectories(teacher, tmp_path):
+    """Each begins at a kept state, at that state's timestep, and ends at the next state of the same caption's path."""
+    found = trajectories_of(teacher, tmp_path)
+    states, embeddings = torch.from_numpy(np.array(found.states)).float(), torch.from_numpy(np.array(found.embeddings)).float()
+    batch = found.draw(2)
+    for z, wanted, encoded, t in zip(*batch[:4]):
+        (row,) = [i for i in range(len(CAPTIONS)) if torch.equal(embeddings[i], encoded)]
+        k = found.timesteps.tolist().index(t)
+        assert torch.equal(states[row, k], z) and torch.equal(states[row, k + 1], wanted)
 
 
 def test_captions_are_distinct_and_the_same_every_time(small_set):
@@ -154,7 +163,7 @@ def test_it_goes_on_from_another_student(finished, small_set, cache, tmp_path):
 
 @pytest.mark.slow
 def test_mistakes_get_one_line(small_set, cache, tmp_path):
-    assert "multiple of --passes" in refusal(*command(small_set, cache, tmp_path / "a", "--passes", "3"))
+    assert "each of --passes" in refusal(*command(small_set, cache, tmp_path / "a", "--passes", "3"))
     assert "no diffusers pipeline folder" in refusal(*command(small_set, cache, tmp_path / "b", "--start", str(ROOT / "docs")))
     assert "more than the 12 captions" in refusal(*command(small_set, cache, tmp_path / "c", "--batch-size", "40"))
 

@@ -34,6 +34,7 @@ from common.mini import caption_scores
 from common.precision import fastest_kernels, pick_dtype
 from common.report import check_hub, finish, summary
 from common.run import Run
+from common.sampling import ddim_step
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import DDPMScheduler, UNet2DConditionModel, load_teacher
@@ -135,12 +136,6 @@ def chain_timesteps(noise_scheduler: DDPMScheduler, length: int) -> torch.Tensor
 def stage_starts(steps: int, percent: tuple[int, ...]) -> list[int]:
     """The first training step of each stage."""
     return [steps * sum(percent[:k]) // sum(percent) for k in range(len(percent))]
-
-
-def ddim_step(z: torch.Tensor, noise_pred: torch.Tensor, a: torch.Tensor, a_next: torch.Tensor) -> torch.Tensor:
-    """DDIM's deterministic step (arXiv 2010.02502, eq. 12, eta = 0) between two cumulative alphas."""
-    x0 = (z - (1 - a).sqrt() * noise_pred) / a.sqrt()
-    return a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise_pred
 
 
 @torch.no_grad()

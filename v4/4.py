@@ -3,9 +3,10 @@
     python v4/4.py --mini                                     # the embedded world: offline, on a laptop CPU
     python v4/4.py --start checkpoints/v2.2                   # SD-1.5 at 64 px, going on from a V-2.2 student
 
-The teacher draws `--trajectories` training captions once, from pure noise, by DDIM with classifier-free guidance, and of each
-path the states at the timesteps that a sampler of `--passes` steps visits are kept. The student learns to go from one kept
-state to the next by one DDIM step of its own (arXiv 2010.02502, eq. 12; a and a' are the two cumulative alphas):
+The teacher draws `--trajectories` training captions once, from pure noise, by DPM-Solver++ (arXiv 2211.01095) with
+classifier-free guidance, and of each path the states at the timesteps that a sampler of `--passes` steps visits are kept. The
+student learns to go from one kept state to the next by one DDIM step of its own (arXiv 2010.02502, eq. 12; a and a' are the two
+cumulative alphas):
     step(z, eps) = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps,   loss = |step(z_k, eps(z_k)) - z_k+1|^2 / u,
 where u is what a unit error of eps misses by, squared, on the mean of the steps.
 So it takes over the guidance (arXiv 2210.03142), needs one pass a step, and is trained at no other timestep; no pictures are
@@ -15,7 +16,7 @@ needed, only captions.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler
 
-from common.cache import Batch, cache_key, cached_array, share_of, upload
+from common.cache import cache_key, cached_array, share_of
 from common.coco import CocoCaptions
 from common.files import from_root, make_folder, model_place
 from common.fitness import measure_fitness
@@ -33,7 +35,7 @@ from common.mini import caption_scores
 from common.precision import autocast, fastest_kernels, kept_dtype, pick_dtype
 from common.report import check_hub, finish, scores_table, summary
 from common.run import Run
-from common.sampling import denoise, encode_captions, make_scheduler
+from common.sampling import ddim_step, denoise, encode_captions, make_scheduler, upload
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import load_teacher, load_unet
@@ -60,7 +62,7 @@ class Settings:
     groups: int = 0  # of every GroupNorm; 0: as many as the teacher has
     # the teacher's trajectories
     passes: int = 4  # steps that the student draws in
-    teacher_steps: int = 16  # DDIM steps of the teacher's, a multiple of --passes
+    teacher_steps: tuple[int, ...] = (4, 4, 4, 8)  # steps of the teacher's for each of the passes
     trajectories: int = 40_000  # captions that it draws
     learned_guidance: float = 5.0  # the guidance scale at which it draws them
     # training
@@ -99,18 +101,29 @@ class Settings:
 
 MINI = dict(  # the student is the teacher's outermost level, whole
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v4-mini", channels=(64,), teacher_steps=8, trajectories=6_000, learned_guidance=3.0, steps=1_200, lr=2e-3,
-    ema_decay=0.99, features="effnet-lite0", guidance=3.0, eval_every=600, eval_samples=100, final_samples=1_000, workers=0,
-    save_every=300,
+    out="checkpoints/v4-mini", channels=(64,), teacher_steps=(2, 2, 2, 4), trajectories=6_000, learned_guidance=3.0,
+    steps=1_200, lr=2e-3, ema_decay=0.99, features="effnet-lite0", guidance=3.0, eval_every=600, eval_samples=100,
+    final_samples=1_000, workers=0, save_every=300,
 )
+
+
+class Segments(NamedTuple):
+    """Pieces of trajectories, each of which the student is to go in one step."""
+
+    z: torch.Tensor  # (B, 4, h, w) where they begin
+    wanted: torch.Tensor  # (B, 4, h, w) where they end
+    encoder_hidden_states: torch.Tensor  # (B, tokens, width) of their captions
+    timesteps: torch.Tensor  # (B,) at which they begin
+    a: torch.Tensor  # (B, 1, 1, 1) cumulative alphas at which they begin
+    a_next: torch.Tensor  # (B, 1, 1, 1) and end
 
 
 class Trajectories:
     """The teacher's paths from pure noise to a picture, of one caption each, kept in `folder` for all runs: the states
     (N, passes + 1, 4, side, side), the first of which is the noise, and the captions' embeddings (N, tokens, width)."""
 
-    def __init__(self, teacher, captions: list[str], folder: Path, *, passes: int, teacher_steps: int, guidance: float,
-                 side: int, batch_size: int, seed: int, device, rank: int = 0, processes: int = 1):
+    def __init__(self, teacher, captions: list[str], folder: Path, *, passes: int, teacher_steps: tuple[int, ...],
+                 guidance: float, side: int, batch_size: int, seed: int, device, rank: int = 0, processes: int = 1):
         require(batch_size <= len(captions), f"--batch-size {batch_size} is more than the {len(captions)} captions")
         self.batch_size, self.seed, self.device, self.rank, self.processes = batch_size, seed, device, rank, processes
         self.scheduler = make_scheduler("ddim-trailing", teacher.noise_scheduler)
@@ -118,11 +131,16 @@ class Trajectories:
         self.timesteps = self.scheduler.timesteps  # (passes,) falling
         alphas = self.scheduler.alphas_cumprod[self.timesteps]
         alphas = torch.cat([alphas, self.scheduler.final_alpha_cumprod.view(1)])
-        self.a, self.a_next = alphas[:-1].to(device), alphas[1:].to(device)  # (passes,) each
-        self.unit = ((1 - self.a_next).sqrt() - (self.a_next * (1 - self.a) / self.a).sqrt()).square().mean()
+        self.a, self.a_next = alphas[:-1], alphas[1:]  # (passes,) each
+        self.unit = ((1 - self.a_next).sqrt() - (self.a_next * (1 - self.a) / self.a).sqrt()).square().mean().item()
         empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""])  # (1, tokens, width)
-        finer = make_scheduler("ddim-trailing", teacher.noise_scheduler)
-        finer.set_timesteps(teacher_steps, device=device)
+        # the path ends at timestep 0's noise, as the student's own DDIM does
+        finer = DPMSolverMultistepScheduler.from_config(teacher.noise_scheduler.config, final_sigmas_type="sigma_min")
+        bounds = [*self.timesteps.tolist(), 0]
+        visited = [np.linspace(t, end, count, endpoint=False) for t, end, count in zip(bounds, bounds[1:], teacher_steps)]
+        visited[-1] = bounds[-2] * np.linspace(1, 0, teacher_steps[-1], endpoint=False) ** 1.5  # where a coarse step would blur
+        visited = np.concatenate(visited).round().astype(int)  # the timesteps of the teacher's path
+        require((np.diff(visited) < 0).all(), "--teacher-steps names more steps than a pass has timesteps")
         shape = (4, side, side)
 
         @torch.no_grad()
@@ -139,9 +157,10 @@ class Trajectories:
                 encoded = upload(torch.from_numpy(self.embeddings[list(rows)]), device).to(teacher.unet.dtype)
                 if guidance > 1:
                     encoded = torch.cat([empty.expand(len(rows), -1, -1), encoded])  # (2 n, tokens, width)
+                finer.set_timesteps(timesteps=visited.tolist(), device=device)  # it forgets the last path's predictions
                 with autocast(z.device, lowered):
                     path = list(denoise(teacher.unet, finer, z, encoded, guidance, None))
-                states = [z, *path[teacher_steps // passes - 1 :: teacher_steps // passes]]
+                states = [z, *(path[end - 1] for end in np.cumsum(teacher_steps))]
                 yield list(rows), rows[-1] + 1, torch.stack(states, 1).float().cpu().numpy()
 
         lowered = kept_dtype(teacher.text_encoder)  # the U-Net has its precision, and may be gone where all is cached
@@ -151,27 +170,18 @@ class Trajectories:
         self.states, made = cached_array(folder, "states", (len(captions), passes + 1, *shape), draw, "img")
         self.seconds = made["seconds"]
 
-    def draw(self, step: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-        """Of the batch of one step: which trajectories, their segments k (B,), their captions' embeddings. It depends on
-        (seed, step) alone; of several processes each gets its share."""
+    def draw(self, step: int) -> Segments:
+        """The batch of one step, which depends on (seed, step) alone; of several processes each gets its share."""
         epoch, place = divmod(step, len(self.states) // self.batch_size)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.states))
         mine = share_of(self.batch_size, self.rank, self.processes)
         rows = order[place * self.batch_size : (place + 1) * self.batch_size][mine]
-        segments = np.random.default_rng([self.seed, 1, step]).integers(len(self.timesteps), size=self.batch_size)[mine]
-        embeddings = upload(torch.from_numpy(self.embeddings[rows]), self.device).float()
-        return rows, upload(torch.from_numpy(segments), self.device), embeddings
-
-    def state(self, rows: np.ndarray, segments: torch.Tensor) -> torch.Tensor:
-        """(B, 4, h, w): where the trajectories stand at the beginning of their segments."""
-        found = self.states[rows, segments.cpu().numpy()]
-        return upload(torch.from_numpy(found), self.device).float()
-
-    def land(self, z: torch.Tensor, noise_pred: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        """One DDIM step over the segment that begins at z."""
-        a, a_next = (alphas[segments].view(-1, 1, 1, 1) for alphas in (self.a, self.a_next))
-        x0 = (z - (1 - a).sqrt() * noise_pred) / a.sqrt()
-        return a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise_pred
+        k = np.random.default_rng([self.seed, 1, step]).integers(len(self.timesteps), size=self.batch_size)[mine]
+        found = (self.states[rows, k], self.states[rows, k + 1], self.embeddings[rows])
+        z, wanted, encoder_hidden_states = (upload(torch.from_numpy(array), self.device).float() for array in found)
+        timesteps = upload(self.timesteps[k], self.device)
+        a, a_next = (upload(alphas[k].view(-1, 1, 1, 1), self.device) for alphas in (self.a, self.a_next))
+        return Segments(z, wanted, encoder_hidden_states, timesteps, a, a_next)
 
 
 def noise_of(row: int, shape: tuple) -> np.ndarray:
@@ -187,7 +197,7 @@ def some_captions(dataset: CocoCaptions, count: int) -> list[str]:
 
 
 def main(s: Settings):
-    require(s.teacher_steps % s.passes == 0, "--teacher-steps must be a multiple of --passes")
+    require(len(s.teacher_steps) == s.passes, "--teacher-steps must name a number of steps for each of --passes")
     accelerator = start_accelerator(s.device, track=s.track, out=s.out)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
@@ -256,13 +266,11 @@ def main(s: Settings):
         if due(step, s.eval_every) and step not in run.evaluated:
             run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **few))
 
-        rows, segments, encoder_hidden_states = trajectories.draw(step)
-        z, wanted = trajectories.state(rows, segments), trajectories.state(rows, segments + 1)
-        timesteps = trajectories.timesteps.to(accelerator.device)[segments]
+        batch = trajectories.draw(step)
         with trainer.autocast():
-            batch = Batch(z, encoder_hidden_states, z, timesteps)
-            noise_pred = predict_noise(trainer.model, z, batch)  # (B, 4, h, w)
-        loss = F.mse_loss(trajectories.land(z, noise_pred, segments), wanted) / trajectories.unit
+            noise_pred = predict_noise(trainer.model, batch.z, batch)  # (B, 4, h, w)
+        landed = ddim_step(batch.z, noise_pred, batch.a, batch.a_next)
+        loss = F.mse_loss(landed, batch.wanted) / trajectories.unit
         lr = trainer.lr
         trainer.step(loss)  # backward, clip, AdamW, OneCycleLR, EMA
 
