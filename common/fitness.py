@@ -85,7 +85,7 @@ def measure_fitness(teacher, evaluator) -> Fitness:
     path = evaluator.folder / f"teacher-fitness-{key}.json"
     if path.is_file():
         return Fitness(**json.loads(path.read_text("utf-8")))
-    alphas_cumprod = teacher.noise_scheduler.alphas_cumprod
+    alphas_cumprod = teacher.noise_scheduler.alphas_cumprod.cpu()  # `add_noise` may have moved it to the device
     width = len(alphas_cumprod) / LEVELS
     timesteps = [int(width * (k + 0.5)) for k in range(LEVELS)]
     captions = [dataset.captions[i][0] for i in indices]

@@ -1,5 +1,6 @@
 """Every version on a pretended GPU (tests/pretend_device.py), where device mistakes raise as on a real one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,13 +18,16 @@ VERSIONS = {
     "v2.2": ["v2/2.2.py", "--channels", "16,32", "--store", "0", "--no-cache", "--flip"],
     "v2.2 store": ["v2/2.2.py", "--channels", "16,32", "--store", "1"],
     "v3": ["v3/train_student_kd.py", "--channels", "32,48,64"],
+    "v4": ["v4/4.py", "--channels", "16,32", "--trajectories", "8", "--passes", "2", "--teacher-steps", "1,2",
+           "--also-passes", "", "--teacher-passes", ""],
+    "adapt": ["checkpoints/adapt_teacher.py", "--rank", "2"],
 }
 
 
-def on_a_device(kind, *arguments, program=None):
+def on_a_device(kind, *arguments, program=None, environment=None):
     start = [sys.executable, *(["-c", program] if program else []), *([] if program else ["tests/pretend_device.py"]), kind]
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "tests")} | (environment or {}))
 
 
 def command(name, small_set, folder, dtype):
@@ -34,7 +38,7 @@ def command(name, small_set, folder, dtype):
             "--cache-folder", folder / "cache", "--out", folder / "run", *precision, *own]
 
 
-RUNS = [*((name, "cuda", "bf16") for name in VERSIONS), ("v2.2 store", "mps", "fp32")]
+RUNS = [*((name, "cuda", "bf16") for name in VERSIONS), ("v2.2 store", "mps", "fp32"), ("adapt", "mps", "fp32")]
 
 
 @pytest.mark.parametrize("name, kind, dtype", RUNS)
@@ -42,12 +46,20 @@ def test_a_run_from_caching_to_saving(small_set, tmp_path, name, kind, dtype):
     arguments = command(name, small_set, tmp_path, dtype)
     done = on_a_device(kind, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [x["step"] for x in lines(tmp_path / "run") if "loss" in x] == [1, 2, 3]
+    assert [x["step"] for x in lines(tmp_path / ("run-run" if name == "adapt" else "run")) if "loss" in x] == [1, 2, 3]
     if name in ("v1", "v3"):  # V-1 has the most to restore; V-3's loop is the other one
         for file in (tmp_path / "run" / "checkpoint-00000003").iterdir():
             file.unlink()
         done = on_a_device(kind, *arguments, "--resume")
         assert done.returncode == 0 and "going on at step 2" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_launchers_silence_is_the_devices_best(small_set, tmp_path):
+    """`accelerate launch` says "no" where it was told nothing, which must not mean fp32 on a GPU."""
+    arguments = [part for part in command("v3", small_set, tmp_path, "") if part not in ("--mixed-precision", "")]
+    done = on_a_device("cuda", *arguments, environment={"ACCELERATE_MIXED_PRECISION": "no"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text("utf-8"))["dtype"] == "torch.bfloat16"
 
 
 def test_drawing(tmp_path):
@@ -80,7 +92,7 @@ with pretend(kind) as gpu:
 """
 
 
-@pytest.mark.parametrize("name, dtype", [("v2.2 store", "bf16"), ("v1", "fp16")])
+@pytest.mark.parametrize("name, dtype", [("v2.2 store", "bf16"), ("v1", "fp16"), ("v4", "bf16")])
 def test_a_training_step_never_waits_for_the_gpu(small_set, tmp_path, name, dtype):
     """Between log lines: no value is read, and what goes to the GPU goes from pinned memory."""
     more = ["--steps", "8", "--log-every", "100", "--save-every", "100"]

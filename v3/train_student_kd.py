@@ -78,7 +78,7 @@ class Settings:
     feature_blocks: tuple[str, ...] = ()  # whose outputs are matched; none given: all that have the teacher's size
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
-    mixed_precision: Literal["", "no", "fp16", "bf16"] = ""  # empty: what the launcher was told, else the device's best
+    mixed_precision: Literal["", "no", "fp16", "bf16"] = ""  # empty: the launcher's fp16 or bf16, else the device's best
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
     compile: bool = False  # torch.compile the student: pays on long runs only; on a CPU it takes a C++ compiler
     # evaluation
@@ -125,7 +125,9 @@ def main(s: Settings):
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
     accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, s.track, s.out)
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
+    precision = s.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "no" and not s.mixed_precision and not accelerator.state.deepspeed_plugin:
+        precision = "auto"  # the launcher says "no" also where it was told nothing
     dtype = pick_dtype(precision, accelerator.device)
     shares = accelerator.num_processes * s.accumulate
     require(s.batch_size % shares == 0, f"--batch-size must be a multiple of {shares}, processes x --accumulate")
