@@ -245,12 +245,9 @@ def drawn_with(name: str) -> dict:
     """The options of `common.sampling.sample` that the card of a saved student, a folder or a hub id, names: {} for one that
     needs none of its own."""
     readme = Path(name) / "README.md"
-    local = Path(name).exists()
-    if local and not readme.is_file():
-        return {}
     try:
-        said = ModelCard.load(readme if local else name).data.to_dict().get("inference")
-    except (OSError, ValueError):  # no card on the hub, or no network
+        said = ModelCard.load(readme if Path(name).exists() else name).data.to_dict().get("inference")
+    except (OSError, ValueError):  # no card, or no network
         return {}
     if not said:
         return {}
