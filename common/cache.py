@@ -94,8 +94,7 @@ def fill(path: Path, record: Path, state: dict, shape: tuple, produce, unit: str
     state["bad"] += range(state["rows"], shape[0])  # the last batches held nothing that can be decoded
     array.flush()
     state["rows"], state["crc32"] = shape[0], checksum(path)
-    state["seconds"] = time.perf_counter() - began
-    write_atomically(record, json.dumps(state).encode())
+    keep()
 
 
 def fits(path: Path, shape: tuple, dtype) -> bool:
