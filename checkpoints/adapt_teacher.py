@@ -203,8 +203,7 @@ def main(s: Settings):
                           max_broken=s.max_broken, rank=accelerator.process_index, processes=accelerator.num_processes)
     fitness = measure_fitness(teacher, evaluator)
     accelerator.print(f"{pairs.describe()}\n{evaluator.describe()}\n{fitness.table()}")
-    if not run.begun:
-        run.log(step=0, **fitness._asdict())
+    run.log_once(**fitness._asdict())
     if s.eval_every:
         evaluator.teacher_images(s.eval_samples)
     scores_before = evaluator.teacher_scores(s.final_samples)

@@ -150,6 +150,11 @@ class Run:
         numbers = values.get("evaluation", values)
         self.accelerator.log({name: value for name, value in numbers.items() if isinstance(value, float)}, step=values["step"])
 
+    def log_once(self, **values):
+        """Log what was found out before the first step, unless an earlier start of this run has."""
+        if not self.begun:
+            self.log(step=0, **values)
+
     def record(self, step: int, evaluation):
         """Log an evaluation (`common.metrics.Evaluation`), write its sheet and draw the curves anew."""
         if self.main:

@@ -226,8 +226,7 @@ def main(s: Settings):
         fitness = measure_fitness(teacher, evaluator)
         effect = "its features count less there" if s.weigh_teacher and not s.progressive else "it teaches what is wrong there"
         accelerator.print(fitness.describe(s.resolution, effect))
-        if not run.begun:
-            run.log(step=0, **fitness._asdict())
+        run.log_once(**fitness._asdict())
         warning = fitness.warning(s.resolution, effect)
         knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
 

@@ -165,8 +165,7 @@ def main(s: Settings):
     weighed = s.weigh_teacher and not guided
     effect = "the KD counts less there" if weighed else "the KD pulls the student to what is wrong"
     accelerator.print(fitness.describe(s.resolution, effect))
-    if not run.begun:
-        run.log(step=0, **fitness._asdict())
+    run.log_once(**fitness._asdict())
     knowledge = fitness.knowledge(noise_scheduler, weighed).to(accelerator.device)  # (timesteps,) in 0..1
 
     batches = pairs
@@ -175,8 +174,7 @@ def main(s: Settings):
         rates = [0.0] * s.store if guided else rates
         batches = TeacherStore(pairs, lambda *asked: ask(teacher.unet, *asked, pairs.empty, s.learned_guidance), rates, s.steps,
                                s.learned_guidance)
-        if not run.begun:
-            run.log(step=0, store_seconds=batches.seconds)
+        run.log_once(store_seconds=batches.seconds)
         if s.eval_every:
             evaluator.teacher_images(s.eval_samples)
         evaluator.teacher_images(s.final_samples)

@@ -186,8 +186,7 @@ def main(s: Settings):
         innermost = f"down_blocks.{len(student.down_blocks) - 1}"
         matching = tuple(name for name in block_names(student) if s.size == "sd_small" or name != innermost)
         with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks or matching, F.mse_loss, empty)
-    if not run.begun:
-        run.log(step=0, **fitness._asdict())
+    run.log_once(**fitness._asdict())
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     require(not fsdp or s.optimizer == "adamw", "--optimizer adamw8bit does not work with FSDP")
     if s.gradient_checkpointing:

@@ -234,15 +234,13 @@ def main(s: Settings):
     fitness = measure_fitness(teacher, evaluator)
     effect = "its trajectories go astray there"
     accelerator.print(fitness.describe(s.resolution, effect))
-    if not run.begun:
-        run.log(step=0, **fitness._asdict())
+    run.log_once(**fitness._asdict())
     captions = some_captions(train_set, s.trajectories)
     trajectories = Trajectories(
         teacher, captions, cache, passes=s.passes, teacher_steps=s.teacher_steps, guidance=s.learned_guidance, side=side,
         batch_size=s.batch_size, seed=s.seed, device=accelerator.device, rank=accelerator.process_index,
         processes=accelerator.num_processes)
-    if not run.begun:
-        run.log(step=0, store_seconds=trajectories.seconds)
+    run.log_once(store_seconds=trajectories.seconds)
     if s.eval_every:
         evaluator.teacher_images(s.eval_samples)
     evaluator.teacher_images(s.final_samples)
