@@ -96,8 +96,8 @@ def set_up(v) -> World:
         dtype = use_kernels(student, time_kernels(student, v.batch_size, teacher.tokenizer.model_max_length))
     cache = make_folder(ROOT / v.cache_folder, "--cache-folder")
     evaluator = Evaluator(v.features, val_set, teacher, cache, accelerator, sampling={}, workers=v.workers)
-    pairs = TrainingPairs(train_set, teacher, cache, batch_size=v.batch_size, seed=v.seed, caption_gb=v.cache_gb,
-                          device=device, workers=v.workers)
+    pairs = TrainingPairs(train_set, teacher, cache, accelerator, batch_size=v.batch_size, seed=v.seed, caption_gb=v.cache_gb,
+                          workers=v.workers)
     trainer = Trainer(accelerator, student, dtype=dtype, steps=v.steps, batch_size=v.batch_size, lr=v.lr, warmup=v.warmup,
                       weight_decay=v.weight_decay, max_grad_norm=v.max_grad_norm, ema_decay=v.ema_decay)
     return World(teacher, pairs, evaluator, trainer)

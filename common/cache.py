@@ -159,17 +159,18 @@ class TrainingPairs:
     `batch(indices, choices, mirrored)` gives latents (n, 4, h, w) and embeddings (n, tokens, width) on the device:
     picture `indices[i]`, left and right exchanged where `mirrored[i]`, with its caption number `choices[i]` modulo how
     many it has, or the empty caption where it is -1. With `flip`, `draw` mirrors half of the pictures.
-    Of several `processes` each draws its share of a batch. Raises SystemExit where the disk is full, where more than
-    `max_broken` of the pictures cannot be used, or fewer than a batch takes can.
+    Of several processes of Accelerate's each draws its share of a batch. Raises SystemExit where the disk is full, where more
+    than `max_broken` of the pictures cannot be used, or fewer than a batch takes can.
     """
 
-    def __init__(self, dataset: CocoCaptions, teacher, folder: Path | None, *, batch_size: int, seed: int, caption_gb: float,
-                 device, workers: int = 0, flip: bool = False, max_broken: float = 1.0, rank: int = 0, processes: int = 1):
-        self.dataset, self.teacher, self.device, self.flip = dataset, teacher, device, flip
-        self.batch_size, self.seed, self.rank, self.processes = batch_size, seed, rank, processes
+    def __init__(self, dataset: CocoCaptions, teacher, folder: Path | None, accelerator, *, batch_size: int, seed: int,
+                 caption_gb: float, workers: int = 0, flip: bool = False, max_broken: float = 1.0):
+        self.dataset, self.teacher, self.batch_size, self.seed, self.flip = dataset, teacher, batch_size, seed, flip
+        self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.usable, self.order_of_epoch = np.arange(len(dataset)), None
         self.empty = self._encode_captions([""]).float()  # (1, tokens, width)
-        require(batch_size % processes == 0, f"--batch-size must be a multiple of {processes}, the number of processes")
+        even = batch_size % self.processes == 0
+        require(even, f"--batch-size must be a multiple of {self.processes}, the number of processes")
         dataset.require_share(max_broken)
         self._require_a_batch()
         self.folder = None

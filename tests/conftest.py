@@ -84,6 +84,11 @@ def run_apart(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, **options)
 
 
+def process(rank: int = 0, processes: int = 1) -> SimpleNamespace:
+    """What Accelerate says to one of several processes on the CPU, as far as what draws batches asks it."""
+    return SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=processes)
+
+
 def refusal(path: str, *arguments) -> str:
     """The line with which a script refuses what it was given."""
     done = run(path, *arguments)

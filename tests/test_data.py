@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, process
 from PIL import Image
 
 from common.cache import TeacherStore, TrainingPairs
@@ -129,9 +129,9 @@ def test_missing_data_names_both_ways_on(tmp_path):
         CocoCaptions(tmp_path, "train2017", 64)
 
 
-def pairs_of(dataset, teacher, folder, **options) -> TrainingPairs:
-    options = dict(batch_size=8, seed=0, caption_gb=1, device=torch.device("cpu")) | options
-    return TrainingPairs(dataset, teacher, folder, **options)
+def pairs_of(dataset, teacher, folder, rank=0, processes=1, **options) -> TrainingPairs:
+    options = dict(batch_size=8, seed=0, caption_gb=1) | options
+    return TrainingPairs(dataset, teacher, folder, process(rank, processes), **options)
 
 
 @pytest.mark.usefixtures("kept_in_fp32")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import run
+from conftest import process, run
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from test_trainer import tiny_unet
 
@@ -125,8 +125,8 @@ def test_a_cpu_without_units_stays_in_fp32(monkeypatch, tmp_path):
 def test_what_is_kept_in_bf16_is_near_what_fp32_gives(bf16_units, monkeypatch, small_set, teacher, tmp_path):
     """Latents, embeddings and the teacher's predictions: in the root mean square within 2 % of fp32's."""
     def kept(folder):
-        pairs = TrainingPairs(CocoCaptions(small_set, "train", 32), teacher, folder, batch_size=8, seed=0, caption_gb=1,
-                              device=torch.device("cpu"))
+        pairs = TrainingPairs(CocoCaptions(small_set, "train", 32), teacher, folder, process(), batch_size=8, seed=0,
+                              caption_gb=1)
         store = TeacherStore(pairs, lambda noisy, batch: predict_noise(teacher.unet, noisy, batch), [0.1], 10)
         batch = store.draw(0)
         return batch.latents, batch.encoder_hidden_states, batch.teacher_pred

@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from conftest import script
+from conftest import process, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
@@ -657,8 +657,8 @@ def test_an_epoch_of_all_workers_is_every_good_sample(many_shards):
 
 
 def shard_pairs(shards, teacher, rank=0, processes=1, workers=2):
-    return coco_dataset.ShardPairs(str(shards), teacher, size_px=SIZE, batch_size=8, seed=3, rank=rank, processes=processes,
-                                   workers=workers, device=torch.device("cpu"), flip=True)
+    return coco_dataset.ShardPairs(str(shards), teacher, process(rank, processes), size_px=SIZE, batch_size=8, seed=3,
+                                   workers=workers, flip=True)
 
 
 def test_pairs_from_shards_resume_bit_for_bit_and_share_one_batchs_noise(many_shards, teacher):

@@ -219,7 +219,7 @@ def test_a_replaced_picture_of_the_same_size_is_seen(small_set, teacher, tmp_pat
     def computed():
         data = CocoCaptions(root, split, 32)
         if split == "train":
-            pairs = TrainingPairs(data, teacher, tmp_path / "cache", batch_size=4, seed=0, caption_gb=0, device=CPU)
+            pairs = TrainingPairs(data, teacher, tmp_path / "cache", accelerator, batch_size=4, seed=0, caption_gb=0)
             return pairs.latents[0][5]
         evaluator = Evaluator("effnet-lite0", data, teacher, tmp_path / "cache", accelerator, sampling)
         return evaluator.reference("image features", len(data))[5].numpy()

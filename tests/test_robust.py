@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_apart
+from conftest import ROOT, process, run_apart
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -212,11 +212,11 @@ def test_workers_may_be_spawned_and_paths_hold_spaces_and_letters(small_set, tmp
 def test_a_full_disk_is_one_line_and_the_run_goes_on_after(small_set, teacher, small_disk):
     disk, grow = small_disk
     dataset = CocoCaptions(small_set, "train", 32)
-    options = dict(batch_size=8, seed=0, caption_gb=1, device=torch.device("cpu"))
+    options = dict(batch_size=8, seed=0, caption_gb=1)
     with pytest.raises(SystemExit, match="disk .* is full"):
-        TrainingPairs(dataset, teacher, disk, **options)
+        TrainingPairs(dataset, teacher, disk, process(), **options)
     grow()
-    assert len(TrainingPairs(dataset, teacher, disk, **options)) == 48
+    assert len(TrainingPairs(dataset, teacher, disk, process(), **options)) == 48
 
 
 @pytest.mark.slow

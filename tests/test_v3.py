@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEACHER, lines, refusal, run, run_apart, script
+from conftest import ROOT, TEACHER, lines, process, refusal, run, run_apart, script
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -327,8 +327,7 @@ def test_shards_without_a_usable_sample_end_in_one_line(teacher, tmp_path, worke
             info = tarfile.TarInfo(name)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"cat"))
-    pairs = coco_dataset.ShardPairs(str(tmp_path), teacher, size_px=32, batch_size=4, seed=0, rank=0, processes=1,
-                                    workers=workers, device=torch.device("cpu"))
+    pairs = coco_dataset.ShardPairs(str(tmp_path), teacher, process(), size_px=32, batch_size=4, seed=0, workers=workers)
     with pytest.raises(SystemExit, match="--check"):
         pairs.draw(0, 0.1)
 
@@ -366,6 +365,7 @@ SPAWNED = """
 import multiprocessing, os, signal, sys
 import torch
 sys.path[:0] = [".", "v3"]
+from accelerate import Accelerator
 from coco_dataset import ShardPairs
 from common.teacher import load_teacher
 
@@ -373,7 +373,7 @@ if __name__ == "__main__":
     torch.multiprocessing.set_start_method("spawn")
     signal.signal(signal.SIGINT, lambda *_: None)  # as a run does, to save first
     teacher = load_teacher("checkpoints/mini-teacher", torch.device("cpu"))
-    pairs = ShardPairs(sys.argv[1], teacher, size_px=32, batch_size=4, seed=0, device="cpu", workers=1, rank=0, processes=1)
+    pairs = ShardPairs(sys.argv[1], teacher, Accelerator(cpu=True), size_px=32, batch_size=4, seed=0, workers=1)
     pairs.stream = pairs._open(4, 0)
     next(pairs.stream)
     for worker in multiprocessing.active_children():

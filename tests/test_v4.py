@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEACHER, lines, refusal, run, script
+from conftest import ROOT, TEACHER, lines, process, refusal, run, script
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from common.coco import CocoCaptions
@@ -16,10 +16,9 @@ v4 = script("v4/4.py")
 CAPTIONS = ["a cat", "a dog on the grass", "a pizza", "two cars", "a boat on the sea"]
 
 
-def trajectories_of(teacher, folder, batch_size=4, **more):
-    options = dict(passes=2, teacher_steps=(2, 2), guidance=3.0, side=8, batch_size=batch_size, seed=0,
-                   device=torch.device("cpu"))
-    return v4.Trajectories(teacher, CAPTIONS, folder, **options | more)
+def trajectories_of(teacher, folder, rank=0, processes=1, **more):
+    options = dict(passes=2, teacher_steps=(2, 2), guidance=3.0, side=8, batch_size=4, seed=0)
+    return v4.Trajectories(teacher, CAPTIONS, folder, process(rank, processes), **options | more)
 
 
 def command(small_set, cache, out, *more) -> list[str]:

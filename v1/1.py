@@ -205,9 +205,8 @@ def main(s: Settings):
     more_scores = caption_scores(teacher.name, val_set, accelerator.device) if s.mini else None
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
-    pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, batch_size=s.batch_size, seed=s.seed,
-                          caption_gb=s.cache_gb, device=accelerator.device, workers=s.workers, flip=s.flip,
-                          max_broken=s.max_broken, rank=accelerator.process_index, processes=accelerator.num_processes)
+    pairs = TrainingPairs(train_set, teacher, cache if s.cache else None, accelerator, batch_size=s.batch_size, seed=s.seed,
+                          caption_gb=s.cache_gb, workers=s.workers, flip=s.flip, max_broken=s.max_broken)
     accelerator.print(summary(student, teacher, pairs, evaluator))
 
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)

@@ -150,17 +150,18 @@ def leave_ctrl_c(_):
 class ShardPairs:
     """The same as `TrainingPairs` from tar shards: `draw` must be called for every part of every step, in order.
 
-    `batch_size` is the global one, of which every one of the `processes` draws an equal share.
+    `batch_size` is the global one, of which every one of Accelerate's processes draws an equal share.
     Raises SystemExit where there are too few shards, and in `draw` where none of them has a usable sample.
     """
 
-    def __init__(self, pattern: str, teacher, *, size_px: int, batch_size: int, seed: int, rank: int, processes: int,
-                 workers: int, device, flip: bool = False):
+    def __init__(self, pattern: str, teacher, accelerator, *, size_px: int, batch_size: int, seed: int, workers: int,
+                 flip: bool = False):
         self.shards = find_shards(pattern)
-        require(len(self.shards) >= processes * max(1, workers),
-                f"{len(self.shards)} shards are too few for {processes} processes with {workers} workers")
-        self.teacher, self.size_px, self.device, self.flip = teacher, size_px, device, flip
-        self.batch_size, self.seed, self.rank, self.processes, self.workers = batch_size, seed, rank, processes, workers
+        self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+        require(len(self.shards) >= self.processes * max(1, workers),
+                f"{len(self.shards)} shards are too few for {self.processes} processes with {workers} workers")
+        self.teacher, self.size_px, self.flip = teacher, size_px, flip
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""]).float()
         self.stream = None
 

@@ -141,12 +141,11 @@ def main(s: Settings):
     accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
     noise_scheduler = teacher.noise_scheduler
-    place = dict(batch_size=s.batch_size, seed=s.seed, device=accelerator.device, workers=s.workers, flip=s.flip,
-                 rank=accelerator.process_index, processes=accelerator.num_processes)
+    options = dict(batch_size=s.batch_size, seed=s.seed, workers=s.workers, flip=s.flip)
     if s.shards:
         from coco_dataset import ShardPairs
 
-        batches = ShardPairs(s.shards, teacher, size_px=s.resolution, **place)
+        batches = ShardPairs(s.shards, teacher, accelerator, size_px=s.resolution, **options)
     check_hub(s.push_to_hub, accelerator, teacher, val_set)
 
     # the student's start
@@ -165,8 +164,8 @@ def main(s: Settings):
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
     if not s.shards:
-        batches = TrainingPairs(train_set, teacher, cache if s.cache else None, caption_gb=s.cache_gb,
-                                max_broken=s.max_broken, **place)
+        batches = TrainingPairs(train_set, teacher, cache if s.cache else None, accelerator, caption_gb=s.cache_gb,
+                                max_broken=s.max_broken, **options)
     accelerator.print(summary(student, teacher, batches, evaluator))
     fitness = measure_fitness(teacher, evaluator)
     effect = "KD and features count less there" if s.weigh_teacher else "KD and features teach what is wrong there"

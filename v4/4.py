@@ -122,10 +122,11 @@ class Trajectories:
     """The teacher's paths from pure noise to a picture, of one caption each, kept in `folder` for all runs: the states
     (N, passes + 1, 4, side, side), the first of which is the noise, and the captions' embeddings (N, tokens, width)."""
 
-    def __init__(self, teacher, captions: list[str], folder: Path, *, passes: int, teacher_steps: tuple[int, ...],
-                 guidance: float, side: int, batch_size: int, seed: int, device, rank: int = 0, processes: int = 1):
+    def __init__(self, teacher, captions: list[str], folder: Path, accelerator, *, passes: int,
+                 teacher_steps: tuple[int, ...], guidance: float, side: int, batch_size: int, seed: int):
         require(batch_size <= len(captions), f"--batch-size {batch_size} is more than the {len(captions)} captions")
-        self.batch_size, self.seed, self.device, self.rank, self.processes = batch_size, seed, device, rank, processes
+        self.batch_size, self.seed = batch_size, seed
+        self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.scheduler = make_scheduler("ddim-trailing", teacher.noise_scheduler)
         self.scheduler.set_timesteps(passes)
         self.timesteps = self.scheduler.timesteps  # (passes,) falling
@@ -153,11 +154,11 @@ class Trajectories:
         def draw(start, batch=64):
             for i in range(start, len(captions), batch):
                 rows = range(i, min(i + batch, len(captions)))
-                z = upload(torch.from_numpy(np.stack([noise_of(row, shape) for row in rows])), device)
-                encoded = upload(torch.from_numpy(self.embeddings[list(rows)]), device).to(teacher.unet.dtype)
+                z = upload(torch.from_numpy(np.stack([noise_of(row, shape) for row in rows])), self.device)
+                encoded = upload(torch.from_numpy(self.embeddings[list(rows)]), self.device).to(teacher.unet.dtype)
                 if guidance > 1:
                     encoded = torch.cat([empty.expand(len(rows), -1, -1), encoded])  # (2 n, tokens, width)
-                finer.set_timesteps(timesteps=visited.tolist(), device=device)  # it forgets the last path's predictions
+                finer.set_timesteps(timesteps=visited.tolist(), device=self.device)  # it forgets the last path's predictions
                 with autocast(z.device, lowered):
                     path = list(denoise(teacher.unet, finer, z, encoded, guidance, None))
                 states = [z, *(path[end - 1] for end in np.cumsum(teacher_steps))]
@@ -237,9 +238,8 @@ def main(s: Settings):
     run.log_once(**fitness._asdict())
     captions = some_captions(train_set, s.trajectories)
     trajectories = Trajectories(
-        teacher, captions, cache, passes=s.passes, teacher_steps=s.teacher_steps, guidance=s.learned_guidance, side=side,
-        batch_size=s.batch_size, seed=s.seed, device=accelerator.device, rank=accelerator.process_index,
-        processes=accelerator.num_processes)
+        teacher, captions, cache, accelerator, passes=s.passes, teacher_steps=s.teacher_steps, guidance=s.learned_guidance,
+        side=side, batch_size=s.batch_size, seed=s.seed)
     run.log_once(store_seconds=trajectories.seconds)
     if s.eval_every:
         evaluator.teacher_images(s.eval_samples)
