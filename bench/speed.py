@@ -182,23 +182,12 @@ def medians(functions: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def pipeline_of(teacher: Teacher, unet, scheduler):
-    """The stock pipeline that draws with `unet`, silent."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline(
-        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet, scheduler=scheduler,
-        feature_extractor=None, safety_checker=None, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, int]:
     """Sampling beside the usual way; what is drawn, and the largest difference between both ways' pictures."""
     from diffusers import DDIMScheduler
 
     teacher, student, captions = world.teacher, world.trainer.ema_student, world.evaluator.captions[:count]
-    pipeline = pipeline_of(teacher, student, DDIMScheduler.from_config(teacher.noise_scheduler.config))
+    pipeline = teacher.pipeline(student, DDIMScheduler.from_config(teacher.noise_scheduler.config))
 
     def by_pipeline():
         with autocast(world.device, teacher.vae.dtype):  # the frozen weights', which `sampling` has too
@@ -223,7 +212,7 @@ def few_passes_to_time(world: World, v) -> dict:
     """Four pictures by the student in 4 passes, as V-4 draws, and by the teacher's stock pipeline in 25 guided steps, 50
     passes; and the two parts that no student makes cheaper."""
     teacher, student, captions = world.teacher, world.trainer.ema_student, world.evaluator.captions[:4]
-    pipeline = pipeline_of(teacher, teacher.unet, teacher.noise_scheduler)
+    pipeline = teacher.pipeline()
     side = teacher.latent_side(v.resolution)
     latents = torch.randn(len(captions), 4, side, side, generator=torch.Generator().manual_seed(0)).to(world.device)
 

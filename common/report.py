@@ -157,16 +157,11 @@ def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None, i
 
     Raises SystemExit where the teacher's files are no longer there.
     """
-    from diffusers import StableDiffusionPipeline
-
     scheduler = scheduler or teacher.noise_scheduler
     source, partial = teacher.folder(), folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with full_disk_is_one_line(folder.parent, "with --resume; the trained weights are kept", remove=partial):
-        StableDiffusionPipeline(
-            vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet,
-            scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        ).save_config(partial)
+        teacher.pipeline(unet, scheduler).save_config(partial)
         unet.save_pretrained(partial / "unet")
         scheduler.save_pretrained(partial / "scheduler")
         for part in ("vae", "text_encoder", "tokenizer"):

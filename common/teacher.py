@@ -51,6 +51,17 @@ class Teacher:
         require(resolution % factor == 0, f"--resolution must be a multiple of {factor}")
         return resolution // self.vae_factor
 
+    def pipeline(self, unet=None, scheduler=None):
+        """Diffusers' stock pipeline of these parts, silent, with its own or another `unet` and `scheduler`."""
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=unet or self.unet,
+            scheduler=scheduler or self.noise_scheduler, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     def folder(self) -> Path:
         """Where its files lie: its folder, or the hub client's cache of it."""
         if Path(self.name).is_dir():

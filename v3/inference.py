@@ -57,12 +57,7 @@ class Settings:
 def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
     """Raises SystemExit with one line where `name` cannot be loaded, or not all of it."""
     model = load_teacher(name, device, dtype, "the model")
-    pipeline = StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
-        scheduler=sampling.make_scheduler(sampler, model.noise_scheduler), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return model.pipeline(scheduler=sampling.make_scheduler(sampler, model.noise_scheduler))
 
 
 def how_to_draw(place: str, **given) -> dict:
