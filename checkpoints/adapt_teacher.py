@@ -253,9 +253,8 @@ def main(s: Settings):
         unet = merge(name, s.rank, s.full, average)
         unet.register_to_config(sample_size=side)  # what the pipeline draws by itself
         title = f"{Path(s.teacher).name}, adapted to {s.resolution} px"
-        card = model_card(title, teacher.name, data, val_set.split, s.resolution, evaluation.scores, scores_before,
-                          evaluation.how, kind="teacher", tag=f"adapted-to-{s.resolution}px",
-                          captions=evaluation.captions[:SHOWN])
+        card = model_card(title, teacher.name, val_set, evaluation.scores, scores_before, evaluation.how, kind="teacher",
+                          tag=f"adapted-to-{s.resolution}px", captions=evaluation.captions[:SHOWN])
         save_student(unet.half() if s.half else unet, teacher, out, card, images=evaluation.images)
         reader = Path(name) / "category_reader.safetensors"  # the embedded world's
         if reader.is_file():

@@ -182,8 +182,8 @@ def finish(folder: Path, title: str, student, teacher, evaluation, val_set, *, w
     parameters of the pipeline, says so."""
     scores = evaluation.scores
     title = f"{title}: {scores['parameters'] / 1e6:.2f} M student"
-    card = model_card(title, teacher.name, val_set.root, val_set.split, val_set.size_px, scores, evaluation.teacher_scores,
-                      evaluation.how, warning, inference=inference, captions=evaluation.captions[:SHOWN])
+    card = model_card(title, teacher.name, val_set, scores, evaluation.teacher_scores, evaluation.how, warning,
+                      inference=inference, captions=evaluation.captions[:SHOWN])
     save_student(student, teacher, folder / "student", card, scheduler, evaluation.images)
     print(f"\nThe student lies in {folder / 'student'}, samples and curves beside it. {evaluation.how}:\n")
     print(scores_table({"teacher": evaluation.teacher_scores, "student": scores}))
@@ -212,7 +212,7 @@ def check_hub(repository: str, accelerator, teacher, val_set):
     with hub_error_is_one_line(repository):
         HfApi().whoami()
         scores = {"parameters": 0, "metric": 0.0}
-        model_card("a student", teacher.name, val_set.root, val_set.split, val_set.size_px, scores, {}, "").validate()
+        model_card("a student", teacher.name, val_set, scores, {}, "").validate()
 
 
 def copy_weights(source: Path, target: Path):
@@ -250,17 +250,16 @@ def drawn_with(name: str) -> dict:
     return options | ({"sampler": "ddim-trailing", "steps": few} if few else {})
 
 
-def model_card(title: str, teacher_name: str, data: str, val_split: str, resolution: int, scores: dict,
-               teacher_scores: dict, how: str, warning: str = "", kind: str = "student", tag: str = "",
-               inference: dict | None = None, captions: list[str] = ()) -> ModelCard:
+def model_card(title: str, teacher_name: str, val_set, scores: dict, teacher_scores: dict, how: str, warning: str = "",
+               kind: str = "student", tag: str = "", inference: dict | None = None, captions: list[str] = ()) -> ModelCard:
     """The README.md of a saved student (or other `kind` of model), with the metadata block that the Hugging Face hub reads:
     only what is known, and a `tag` of its own. `inference`: the pipeline's parameters that it should be drawn with.
     `captions`: of the pictures beside it, which the hub shows as a gallery."""
     on_hub = not Path(teacher_name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher_name)
-    teacher, data, licence = Path(teacher_name).name, Path(data).name, licence_of(teacher_name)
+    teacher, data, licence = Path(teacher_name).name, val_set.root.name, licence_of(teacher_name)
     numbers = {name: round(value, 5) for name, value in scores.items()
                if isinstance(value, float) and value == value and name != "seconds an image"}
-    results = [EvalResult(task_type="text-to-image", dataset_type=data, dataset_name=f"{data} ({val_split or 'held out'})",
+    results = [EvalResult(task_type="text-to-image", dataset_type=data, dataset_name=f"{data} ({val_set.split or 'held out'})",
                           metric_type=name, metric_name=name, metric_value=value) for name, value in numbers.items()]
     metadata = ModelCardData(
         model_name=title, library_name="diffusers", pipeline_tag="text-to-image", license=licence,
@@ -285,7 +284,7 @@ def model_card(title: str, teacher_name: str, data: str, val_split: str, resolut
 ---
 # {title}
 
-A {kind} of {scores['parameters'] / 1e6:.2f} M U-Net parameters, made from `{teacher}` at {resolution} px on `{data}`.
+A {kind} of {scores['parameters'] / 1e6:.2f} M U-Net parameters, made from `{teacher}` at {val_set.size_px} px on `{data}`.
 
     from diffusers import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline.from_pretrained("this folder", safety_checker=None)

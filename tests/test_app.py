@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -52,7 +53,8 @@ def runs(teacher, tmp_path_factory):
     student = slice_unet(teacher.unet, student_config(teacher.unet, (64, 96), 1))
     for name, how in (("plain", None), ("quick", {"num_inference_steps": 4, "guidance_scale": 1.0})):
         (folder / name).mkdir()
-        card = model_card(name, teacher.name, "mini", "val", 32, {"parameters": 1}, {}, "nothing", inference=how)
+        val_set = SimpleNamespace(root=Path("mini"), split="val", size_px=32)
+        card = model_card(name, teacher.name, val_set, {"parameters": 1}, {}, "nothing", inference=how)
         scheduler = make_scheduler("ddim-trailing" if how else "ddpm", teacher.noise_scheduler)
         save_student(student, teacher, folder / name / "student", card, scheduler)
     return folder

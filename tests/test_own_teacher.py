@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -283,7 +284,8 @@ def test_only_what_a_stock_pipeline_loads_is_copied_bit_for_bit(tmp_path):
 
 def card_of(teacher_name: str) -> ModelCard:
     scores = {"parameters": 5, "FID": 1.5, "one object right": float("nan")}
-    return model_card("V-2.2", teacher_name, "/somewhere/private/photos", "val", 64, scores, {"FID": 1.0}, "8 samples")
+    val_set = SimpleNamespace(root=Path("/somewhere/private/photos"), split="val", size_px=64)
+    return model_card("V-2.2", teacher_name, val_set, scores, {"FID": 1.0}, "8 samples")
 
 
 def test_the_card_says_what_is_true_of_teacher_and_data(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """What people look at: the model card that the hub reads, the closing table, curves, sheets."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -17,7 +20,8 @@ TEACHERS = {"parameters": 13_000_000, "FD(effnet-lite0)": 3.0}
 
 def card_of(teacher_name, data) -> tuple[dict, str]:
     """A card's metadata and its whole text."""
-    card = report.model_card("V-9: 1.23 M student", str(teacher_name), data, "val", 32, SCORES, TEACHERS, "8 samples")
+    val_set = SimpleNamespace(root=Path(data), split="val", size_px=32)
+    card = report.model_card("V-9: 1.23 M student", str(teacher_name), val_set, SCORES, TEACHERS, "8 samples")
     text = str(card)
     return yaml.safe_load(text.split("---\n")[1]), text
 
@@ -73,7 +77,8 @@ def test_a_hub_without_a_card_gives_the_base_model_only(monkeypatch):
 def test_a_card_shows_its_pictures(monkeypatch):
     monkeypatch.setattr(report, "licence_of", lambda name: None)
     captions = ['a "cat"', "a dog"]
-    card = report.model_card("V-9", "nowhere", "data", "val", 32, SCORES, TEACHERS, "8 samples", captions=captions)
+    val_set = SimpleNamespace(root=Path("data"), split="val", size_px=32)
+    card = report.model_card("V-9", "nowhere", val_set, SCORES, TEACHERS, "8 samples", captions=captions)
     metadata = yaml.safe_load(str(card).split("---\n")[1])
     assert metadata["widget"] == [{"text": 'a "cat"', "output": {"url": "sample-0.png"}},
                                   {"text": "a dog", "output": {"url": "sample-1.png"}}]
