@@ -28,8 +28,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(f"error: {message} (--help shows all options)")
 
 
-def parse(settings_class, description: str, mini: dict | None = None, argv: list[str] | None = None,
-          limits: dict | None = None):
+def parse(settings_class, description: str, mini: dict | None = None, limits: dict | None = None):
     """Build `settings_class` from the command line.
 
     Every field is an option; its default and the comment behind it are its help. `mini` holds the defaults that
@@ -50,7 +49,7 @@ def parse(settings_class, description: str, mini: dict | None = None, argv: list
         option = "--" + field.name.replace("_", "-")
         how_to_read = reader_of(kinds[field.name])
         parser.add_argument(option, dest=field.name, help=text, default=argparse.SUPPRESS, **how_to_read)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args())
     defaults = mini if mini and given.get("mini") else {}
     settings = settings_class(**{**defaults, **given})
     require_limits(settings, LIMITS | (limits or {}))
