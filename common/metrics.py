@@ -224,10 +224,8 @@ class Evaluator:
         """[compute(0), ..., compute(count - 1)], each computed by one of the processes and known to all of them."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         bar = tqdm(range(rank, count, processes), desc=progress, leave=False, disable=rank > 0)
-        found = [(i, compute(i)) for i in bar]
-        if processes > 1:
-            found = sorted(gather_object(found), key=lambda pair: pair[0])
-        return [value for _, value in found]
+        found = gather_object([(i, compute(i)) for i in bar])
+        return [value for _, value in sorted(found, key=lambda pair: pair[0])]
 
     def _draw(self, unet, captions: list[str], progress: str, dtype=torch.float32, **other) -> tuple[torch.Tensor, float]:
         """What `sample` gives for all captions under autocast to `dtype`: images, seconds an image."""
