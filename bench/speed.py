@@ -9,8 +9,8 @@ one student forward and backward, alone; of a noise-only step the student's part
 square matrices reaches in the same precision.
 """
 
-import importlib.util
 import os
+import runpy
 import statistics
 import sys
 import tempfile
@@ -72,12 +72,10 @@ class World:
 
 
 def v22_settings(s: Settings):
-    spec = importlib.util.spec_from_file_location("v22", ROOT / "v2" / "2.2.py")
-    v22 = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(v22)
-    place = dict(teacher=f"{s.stand_in}/sd15", data=f"{s.stand_in}/coco2017") if s.stand_in else {**v22.MINI, "mini": True}
+    v22 = runpy.run_path(str(ROOT / "v2" / "2.2.py"))
+    place = dict(teacher=f"{s.stand_in}/sd15", data=f"{s.stand_in}/coco2017") if s.stand_in else {**v22["MINI"], "mini": True}
     steps = 3 * (s.rounds + 2)  # three of the functions below train, once a round and once when operations are counted
-    return v22.Settings(**place | dict(steps=steps, batch_size=s.batch, dtype=s.dtype, final_samples=s.pictures))
+    return v22["Settings"](**place | dict(steps=steps, batch_size=s.batch, dtype=s.dtype, final_samples=s.pictures))
 
 
 def set_up(v) -> World:
