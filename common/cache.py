@@ -168,6 +168,7 @@ class TrainingPairs:
         self.dataset, self.teacher, self.batch_size, self.seed, self.flip = dataset, teacher, batch_size, seed, flip
         self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.usable, self.order_of_epoch = np.arange(len(dataset)), None
+        self.row_of = {}  # of each caption that is cached, in `embeddings`
         self.empty = self._encode_captions([""]).float()  # (1, tokens, width)
         even = batch_size % self.processes == 0
         require(even, f"--batch-size must be a multiple of {self.processes}, the number of processes")
@@ -218,7 +219,6 @@ class TrainingPairs:
         bytes_each = self.empty.numel() * 2
         texts = distinct[: int(caption_gb * 1e9 / bytes_each)]
         self.row_of = {text: row for row, text in enumerate(texts)}
-        self.embeddings = None
         if texts:
             def produce(start, batch=256):
                 for i in range(start, len(texts), batch):
@@ -270,11 +270,10 @@ class TrainingPairs:
     def embed(self, texts: list[str]) -> torch.Tensor:
         """(n, tokens, width) float32: from the cache where it has them, the rest encoded now."""
         states = self.empty.repeat(len(texts), 1, 1)
-        row_of = {} if self.folder is None else self.row_of
-        cached = [i for i, text in enumerate(texts) if text in row_of]
-        live = [i for i, text in enumerate(texts) if text and text not in row_of]
+        cached = [i for i, text in enumerate(texts) if text in self.row_of]
+        live = [i for i, text in enumerate(texts) if text and text not in self.row_of]
         if cached:
-            rows = [row_of[texts[i]] for i in cached]
+            rows = [self.row_of[texts[i]] for i in cached]
             embeddings = upload(torch.from_numpy(self.embeddings[rows]), self.device)
             states.index_copy_(0, upload(torch.tensor(cached), self.device), embeddings.float())
         if live:
