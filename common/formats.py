@@ -108,8 +108,14 @@ def read_coco(root: Path, split: str):
 
 def pictures_in(root: Path) -> Iterator[tuple[str, str]]:
     """(name within `root`, path of the .txt of the same name or "") of every picture; what is hidden is none."""
-    for folder, inner, files in os.walk(root):
+    seen = set()  # a link may lead into a folder around it
+    for folder, inner, files in os.walk(root, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith(".")]
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
         place = Path(folder).relative_to(root).as_posix() + "/"
         texts = {os.path.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
         for name in files:

@@ -115,6 +115,17 @@ def test_usual_extensions_in_any_case_and_hidden_files(tmp_path):
     assert all(picture is not None for picture in dataset)
 
 
+def test_linked_folders_are_read_once(tmp_path):
+    make_set(tmp_path / "elsewhere", ".txt", CAPTIONS)
+    make_set(tmp_path / "set", ".txt", {"own.png": ["a dog"]})
+    try:
+        os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "linked", target_is_directory=True)
+        os.symlink(tmp_path / "set", tmp_path / "elsewhere" / "around", target_is_directory=True)
+    except OSError:
+        pytest.skip("Windows makes links for administrators only")
+    assert sorted(opened(tmp_path / "set").files) == ["linked/a.png", "linked/sub/b é.png", "linked/sub/deeper/c.png", "own.png"]
+
+
 def test_pictures_of_one_name_share_its_captions_and_their_side(tmp_path):
     captions = {f"{k}.{extension}": [f"picture {k}"] for k in range(40) for extension in ("bmp", "png")}
     make_set(tmp_path, ".txt", captions)
