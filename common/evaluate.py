@@ -125,6 +125,8 @@ def main(s: Settings):
     train_set = CocoCaptions(data, s.train_split, s.resolution, len(val_set), (s.val_share, 1)) if s.bounds else None
     accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, pick_dtype(s.dtype, accelerator.device))
+    require(not s.ship or Path(teacher.name).is_dir(), "--ship writes beside the teacher's weights: it needs their folder, not "
+            "a hub id")
     teacher.latent_side(s.resolution)
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
     sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,

@@ -1,6 +1,7 @@
 """What people look at: sheets of images, curves, tables, and the saved student with its model card."""
 
 import contextlib
+import functools
 import html
 import re
 import shutil
@@ -8,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
@@ -236,17 +237,24 @@ def licence_of(name: str) -> str | None:
         return None
 
 
+@functools.cache
+def card_on_hub(name: str) -> Path:
+    """Fetched once in a process, as the page asks at every keystroke."""
+    return Path(hf_hub_download(name, "README.md"))
+
+
 def drawn_with(name: str) -> dict:
     """The options of `common.sampling.sample` that the card of a saved student, a folder or a hub id, names: {} for one that
     needs none of its own."""
     readme = Path(name) / "README.md"
     try:
-        said = ModelCard.load(readme if Path(name).exists() else name).data.to_dict().get("inference")
+        said = ModelCard.load(readme if Path(name).exists() else card_on_hub(name)).data.to_dict().get("inference")
     except (OSError, ValueError):  # no card, or no network
         return {}
-    if not said:
+    parameters = said.get("parameters", {}) if isinstance(said, dict) else {}  # others' cards say `inference: true`
+    if "guidance_scale" not in parameters:
         return {}
-    options, few = {"guidance": said["parameters"]["guidance_scale"]}, said["parameters"].get("num_inference_steps")
+    options, few = {"guidance": parameters["guidance_scale"]}, parameters.get("num_inference_steps")
     return options | ({"sampler": "ddim-trailing", "steps": few} if few else {})
 
 

@@ -1,5 +1,6 @@
 """The teacher: loading and checking any Stable Diffusion 1.x folder or hub id."""
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -66,6 +67,9 @@ class Teacher:
         """Where its files lie: its folder, or the hub client's cache of it."""
         if Path(self.name).is_dir():
             return Path(self.name)
+        for file in ("model_index.json", "README.md"):  # which loading the parts leaves out
+            with contextlib.suppress(OSError):  # not there, or no network
+                hf_hub_download(self.name, file)
         return Path(try_to_load_from_cache(self.name, "unet/config.json")).parents[1]
 
     def fingerprint(self, *parts: str) -> str:
@@ -130,7 +134,8 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32, what: str = "the te
     plain = (config.addition_embed_type is None and config.class_embed_type is None and not config.use_linear_projection
              and isinstance(config.attention_head_dim, int) and isinstance(config.layers_per_block, int)
              and set(config.down_block_types) <= {"CrossAttnDownBlock2D", "DownBlock2D"}
-             and config.mid_block_type in (None, "UNetMidBlock2DCrossAttn"))
+             and config.mid_block_type in (None, "UNetMidBlock2DCrossAttn")
+             and config.time_cond_proj_dim is None)  # LCM's guidance scale, which nothing here hands it
     require(plain, f"the U-Net of {name} is of another family than Stable Diffusion 1.x (SDXL, 2.x and others cannot be sliced "
                    "here)")
     return unet

@@ -75,6 +75,24 @@ def test_a_pipeline_that_was_downloaded_before_and_its_card(tmp_path):
     assert "drawn with {'guidance': 1.0, 'sampler': 'ddim-trailing', 'steps': 4}" in done.stdout
 
 
+FOLDER = ("import sys; sys.path.insert(0, '.')\nimport common, torch\n"
+          "from common.teacher import load_teacher\n"
+          "folder = load_teacher('somebody/mini', torch.device('cpu')).folder()\n"
+          "print('files', *sorted(path.name for path in folder.iterdir() if path.is_file()))\n")
+
+
+@pytest.mark.slow
+def test_a_hub_teachers_folder_has_its_index_and_its_card(hub, small_set, tmp_path):
+    """Without which it is not exported and its Space shows no teacher. And nothing is shipped into a folder of its name."""
+    environment, _, _ = hub
+    environment |= {"HF_HOME": str(tmp_path)}
+    done = run_apart("-c", IMPATIENT + FOLDER, env=environment)
+    assert done.returncode == 0 and "files README.md model_index.json" in done.stdout, done.stderr[-1500:]
+    done = run_apart("common/evaluate.py", "--teacher", "somebody/mini", "--data", small_set, "--val-split", "val",
+                     "--train-split", "train", "--resolution", "32", "--ship", env=environment)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: --ship"), done.stderr[-1500:]
+
+
 @pytest.mark.slow
 def test_an_unknown_id_is_one_clear_line(hub, tmp_path):
     environment, _, _ = hub

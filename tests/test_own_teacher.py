@@ -125,6 +125,18 @@ def test_an_inpainting_unet_is_refused(tmp_path):
     assert "in_channels 9" in refusal(folder)
 
 
+def test_a_consistency_model_is_refused(tmp_path):
+    """An LCM's U-Net takes the guidance scale as an embedding, which its pipeline makes and no script here does."""
+    config = {"sample_size": 8, "block_out_channels": (32, 32), "norm_num_groups": 8, "cross_attention_dim": 8,
+              "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+              "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    for name, more in (("plain", {}), ("lcm", {"time_cond_proj_dim": 16})):
+        UNet2DConditionModel(**config, **more).save_pretrained(tmp_path / name / "unet")
+    assert load_unet(str(tmp_path / "plain")).config.sample_size == 8
+    with pytest.raises(SystemExit, match="^error: .* another family"):
+        load_unet(str(tmp_path / "lcm"))
+
+
 @pytest.mark.parametrize("file, values, said", [
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
     ("unet/config.json", {"use_linear_projection": True}, "unet"),
