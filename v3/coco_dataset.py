@@ -3,6 +3,7 @@
 A random one of a picture's captions is taken each time; validation (`common.metrics.Evaluator`) takes the first.
 """
 
+import functools
 import glob
 import io
 import itertools
@@ -58,6 +59,12 @@ def samples(shards: list[str], on_error=wds.warn_and_continue):
     return wds.tariterators.group_by_keys(files, handler=on_error)
 
 
+@functools.cache
+def count_samples(shard: str) -> int:
+    """How many a shard holds, whole or not: read once in a process."""
+    return sum(1 for _ in samples([shard]))
+
+
 def sample_captions(sample: dict) -> list[str]:
     """`captions`, or `caption`, of its .json; its .txt where the .json has neither key (a null there is no caption).
 
@@ -94,16 +101,23 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.shards, self.size_px, self.batch, self.seed, self.skip = shards, size_px, batch, seed, skip
         self.rank, self.processes = rank, processes
 
-    def raw(self, worker: int, workers: int):
-        """(epoch, sample) of one worker, for ever."""
+    def raw(self, worker: int, workers: int, skip: int = 0):
+        """(epoch, sample) of one worker, for ever, from its sample number `skip` on; whole epochs before are not read."""
         for epoch in itertools.count():
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
             mine = [self.shards[i] for i in order[self.rank * workers + worker :: self.processes * workers]]
+            count = sum(map(count_samples, mine)) if skip else 0
+            if 0 < count <= skip:
+                skip -= count
+                continue
             shuffle = wds.shuffle(1000, rng=random.Random(f"{self.seed} {epoch} {self.rank} {worker}"))
             empty = True
             for sample in shuffle(samples(mine)):
                 empty = False
-                yield epoch, sample
+                if skip:
+                    skip -= 1
+                else:
+                    yield epoch, sample
             if empty:
                 raise RuntimeError("none of these shards can be read: " + ", ".join(mine[:3]))
 
@@ -124,7 +138,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         # with number 0, which therefore goes on with the shards of the worker that made batch `skip`.
         worker = (self.skip + number) % workers
         passed = len(range(worker, self.skip, workers))
-        stream = itertools.islice(self.raw(worker, workers), passed * self.batch, None)
+        stream = self.raw(worker, workers, passed * self.batch)
         bad, waiting = 0, 1  # samples in a row that are broken; batches that the next good one stands for
         while bad < 1000:
             group = list(itertools.islice(stream, self.batch))
