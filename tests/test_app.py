@@ -299,6 +299,21 @@ def test_a_space_starts_by_itself(serve, runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_space_of_models_of_one_name_and_of_a_plain_folder(runs, tmp_path):
+    """Whatever they are called, the page finds one teacher and two students."""
+    shutil.copytree(runs / "quick", tmp_path / "other" / "quick")
+    shutil.copytree(runs / "quick" / "student", tmp_path / "student-fp16")
+    for first, second, names in ((runs / "quick", tmp_path / "other" / "quick", ["quick", "quick-2"]),
+                                 (tmp_path / "student-fp16", runs / "plain", ["plain", "student-fp16"])):
+        out = tmp_path / f"space of {names[0]}"
+        done = run("v3/space.py", "--model", first, "--compare", second, "--out", out)
+        assert done.returncode == 0, done.stderr[-2000:]
+        teachers, students = app.find_models(out)
+        assert [Path(place).name for place in teachers] == ["mini-teacher"]
+        assert sorted(Path(place).parent.name for place in students) == names
+
+
+@pytest.mark.slow
 def test_a_person_draws_and_changes_the_seed(address, visit):
     page = visit(address)
     names = page.locator(".pictures b").all_inner_texts()

@@ -48,11 +48,13 @@ def main(s: Settings):
         requirements = (ROOT / "requirements.txt").read_text("utf-8").split("# dev")[0].splitlines(keepends=True)
         (partial / "requirements.txt").write_text("".join(requirements[1:]), "utf-8")  # the first is a comment
         licences = set()
-        for name in filter(None, (s.teacher, s.model, s.compare)):
+        for number, name in enumerate(filter(None, (s.teacher, s.model, s.compare))):
             model = load_teacher(model_place(name), torch.device("cpu"), what="the model")  # or it says what is wrong
             place = model.folder()
-            student = place.name == "student"
-            target = partial / "checkpoints" / (f"{place.parent.name}/student" if student else Path(name).name)
+            title = place.parent.name if place.name == "student" else Path(name).name
+            if (partial / "checkpoints" / title).exists():
+                title += f"-{number}"
+            target = partial / "checkpoints" / title / ("student" if number else "")  # by which the page tells them
             for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
                 copy_weights(place / part, target / part)
             for file in filter(Path.is_file, (place / "model_index.json", place / "README.md")):
