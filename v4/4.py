@@ -245,8 +245,9 @@ def main(s: Settings):
         evaluator.teacher_images(s.eval_samples)
     evaluator.teacher_images(s.final_samples)
     teacher_rows = {}
-    for passes in s.teacher_passes:  # two a step
-        shorter = dict(sampler="ddim-trailing", steps=passes // 2)
+    each = 2 if s.guidance > 1 else 1  # passes of a step of the teacher's
+    for passes in s.teacher_passes:
+        shorter = dict(sampler="ddim-trailing", steps=passes // each)
         teacher_rows[f"teacher, {passes} passes"] = evaluator.teacher_scores(s.final_samples, **shorter)
     teacher.unet = None  # nothing asks it from here on: its memory is free
 
@@ -282,7 +283,7 @@ def main(s: Settings):
 
     evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **few)
     run.record(s.steps, evaluation)
-    rows = {f"teacher, {2 * s.sample_steps} passes": evaluation.teacher_scores}
+    rows = {f"teacher, {each * s.sample_steps} passes": evaluation.teacher_scores}
     for passes in sorted({*s.also_passes, s.passes}):
         drawn = evaluation
         if passes != s.passes:
