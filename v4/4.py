@@ -1,7 +1,7 @@
 """V-4: distil a student that draws a picture in four passes instead of fifty.
 
     python v4/4.py --mini                                     # the embedded world: offline, on a laptop CPU
-    python v4/4.py --start checkpoints/v2.2                   # SD-1.5 at 64 px, going on from a V-2.2 student
+    python v4/4.py --start checkpoints/v2.1                   # SD-1.5 at 64 px, from V-2.1's with --learned-guidance 5
 
 The teacher draws `--trajectories` training captions once, from pure noise, by DPM-Solver++ (arXiv 2211.01095) with
 classifier-free guidance, and of each path the states at the timesteps that a sampler of `--passes` steps visits are kept. The
