@@ -3,6 +3,7 @@
     python -m common.cache data/cache       # read every cached file whole and remove what is damaged
 """
 
+import functools
 import json
 import sys
 import time
@@ -153,6 +154,17 @@ def share_of(batch_size: int, share: int, shares: int) -> slice:
     return slice(share * size, (share + 1) * size)
 
 
+@functools.lru_cache(maxsize=2)
+def order_of_epoch(epoch: int, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def rows_of_step(step: int, count: int, batch_size: int, seed: int) -> np.ndarray:
+    """(B,) which of `count` rows a step takes: each at most once in an epoch, in a new order every time."""
+    epoch, place = divmod(step, count // batch_size)
+    return order_of_epoch(epoch, count, seed)[place * batch_size : (place + 1) * batch_size]
+
+
 class TrainingPairs:
     """(latents, caption embedding) pairs of a data set, from the cache or, without a `folder`, encoded on the fly.
 
@@ -167,7 +179,7 @@ class TrainingPairs:
                  caption_gb: float, workers: int = 0, flip: bool = False, max_broken: float = 1.0):
         self.dataset, self.teacher, self.batch_size, self.seed, self.flip = dataset, teacher, batch_size, seed, flip
         self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-        self.usable, self.order_of_epoch = np.arange(len(dataset)), None
+        self.usable = np.arange(len(dataset))
         self.row_of = {}  # of each caption that is cached, in `embeddings`
         self.empty = self._encode_captions([""]).float()  # (1, tokens, width)
         even = batch_size % self.processes == 0
@@ -249,10 +261,7 @@ class TrainingPairs:
 
     def indices(self, step: int) -> np.ndarray:
         """(B,) which of the pictures a step takes, over all processes."""
-        epoch, place = divmod(step, len(self) // self.batch_size)
-        if self.order_of_epoch is None or self.order_of_epoch[0] != epoch:
-            self.order_of_epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
-        return self.order_of_epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return rows_of_step(step, len(self), self.batch_size, self.seed)
 
     def batch(self, indices: np.ndarray, choices: np.ndarray, mirrored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         indices = self.usable[indices]

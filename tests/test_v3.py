@@ -267,7 +267,7 @@ def test_a_users_mistake_is_one_clear_line(small_set, cache, tmp_path, arguments
 def test_an_epoch_sees_every_sample_once(processes, accumulate):
     class Indices(TrainingPairs):
         def __init__(self, rank, processes):
-            self.usable, self.order_of_epoch, self.device = np.arange(100), None, torch.device("cpu")
+            self.usable, self.device = np.arange(100), torch.device("cpu")
             self.batch_size, self.seed, self.rank, self.processes, self.flip = 12, 0, rank, processes, False
             self.teacher = SimpleNamespace(noise_scheduler=None)
 

@@ -17,7 +17,7 @@ CAPTIONS = ["a cat", "a dog on the grass", "a pizza", "two cars", "a boat on the
 
 
 def trajectories_of(teacher, folder, rank=0, processes=1, **more):
-    options = dict(passes=2, teacher_steps=(2, 2), guidance=3.0, side=8, batch_size=4, seed=0)
+    options = dict(teacher_steps=(2, 2), guidance=3.0, side=8, batch_size=4, seed=0)
     return v4.Trajectories(teacher, CAPTIONS, folder, process(rank, processes), **options | more)
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
 
-from common.cache import cache_key, cached_array, share_of
+from common.cache import cache_key, cached_array, rows_of_step, share_of
 from common.coco import CocoCaptions
 from common.files import from_root, make_folder, model_place
 from common.fitness import measure_fitness
@@ -122,8 +122,9 @@ class Trajectories:
     """The teacher's paths from pure noise to a picture, of one caption each, kept in `folder` for all runs: the states
     (N, passes + 1, 4, side, side), the first of which is the noise, and the captions' embeddings (N, tokens, width)."""
 
-    def __init__(self, teacher, captions: list[str], folder: Path, accelerator, *, passes: int,
-                 teacher_steps: tuple[int, ...], guidance: float, side: int, batch_size: int, seed: int):
+    def __init__(self, teacher, captions: list[str], folder: Path, accelerator, *, teacher_steps: tuple[int, ...],
+                 guidance: float, side: int, batch_size: int, seed: int):
+        passes = len(teacher_steps)
         require(batch_size <= len(captions), f"--batch-size {batch_size} is more than the {len(captions)} captions")
         self.batch_size, self.seed = batch_size, seed
         self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -173,10 +174,8 @@ class Trajectories:
 
     def draw(self, step: int) -> Segments:
         """The batch of one step, which depends on (seed, step) alone; of several processes each gets its share."""
-        epoch, place = divmod(step, len(self.states) // self.batch_size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.states))
         mine = share_of(self.batch_size, self.rank, self.processes)
-        rows = order[place * self.batch_size : (place + 1) * self.batch_size][mine]
+        rows = rows_of_step(step, len(self.states), self.batch_size, self.seed)[mine]
         k = np.random.default_rng([self.seed, 1, step]).integers(len(self.timesteps), size=self.batch_size)[mine]
         found = (self.states[rows, k], self.states[rows, k + 1], self.embeddings[rows])
         z, wanted, encoder_hidden_states = (upload(torch.from_numpy(array), self.device).float() for array in found)
@@ -238,8 +237,8 @@ def main(s: Settings):
     run.log_once(**fitness._asdict())
     captions = some_captions(train_set, s.trajectories)
     trajectories = Trajectories(
-        teacher, captions, cache, accelerator, passes=s.passes, teacher_steps=s.teacher_steps, guidance=s.learned_guidance,
-        side=side, batch_size=s.batch_size, seed=s.seed)
+        teacher, captions, cache, accelerator, teacher_steps=s.teacher_steps, guidance=s.learned_guidance, side=side,
+        batch_size=s.batch_size, seed=s.seed)
     run.log_once(store_seconds=trajectories.seconds)
     if s.eval_every:
         evaluator.teacher_images(s.eval_samples)
