@@ -119,14 +119,14 @@ def save_curve(path: Path, few: dict[str, dict], score: str):
 
 def main(s: Settings):
     require(s.passes or not s.curve, "--curve needs --passes, such as --passes 2,4,8,16,50")
+    folder = Path(from_root(s.teacher)).is_dir()
+    require(folder or not s.ship, "--ship writes beside the teacher's weights: it needs their folder, not a hub id")
     accelerator = start_accelerator(s.device)
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.samples, part=(0, s.val_share))
     train_set = CocoCaptions(data, s.train_split, s.resolution, len(val_set), (s.val_share, 1)) if s.bounds else None
     accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, pick_dtype(s.dtype, accelerator.device))
-    require(not s.ship or Path(teacher.name).is_dir(), "--ship writes beside the teacher's weights: it needs their folder, not "
-            "a hub id")
     teacher.latent_side(s.resolution)
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
     sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,

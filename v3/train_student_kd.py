@@ -125,7 +125,7 @@ def main(s: Settings):
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
     accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, s.track, s.out)
-    precision = s.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "no" and not s.mixed_precision and not accelerator.state.deepspeed_plugin:
         precision = "auto"  # the launcher says "no" also where it was told nothing
     dtype = pick_dtype(precision, accelerator.device)
