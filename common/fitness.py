@@ -44,7 +44,8 @@ class Fitness(NamedTuple):
     def table(self) -> str:
         """Four lines: timestep, the teacher's error, the yardstick, their ratio."""
         rows = {"timestep": [f"{t}" for t in self.timesteps], "teacher's error": [f"{x:.3f}" for x in self.error],
-                "best blind guess": [f"{x:.3f}" for x in self.yardstick], "ratio": [f"{x:.2f}" for x in self.ratio]}
+                "best blind guess": [f"{x:.3f}" for x in self.yardstick],
+                "ratio": [f"{x:.2f}" if x < 100 else f"{x:.0f}" for x in self.ratio]}
         return "\n".join(name.ljust(18) + "".join(value.rjust(7) for value in values) for name, values in rows.items())
 
     def warning(self, resolution: int, effect: str) -> str:

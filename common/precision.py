@@ -41,8 +41,8 @@ def strides_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether this is a CPU with units for bf16; on others it takes many times as long as fp32."""
-    units = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(units.get("avx512_bf16") or units.get("amx_bf16"))
 
 
 def kept_dtype(network) -> torch.dtype:

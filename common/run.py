@@ -131,13 +131,23 @@ class Run:
         values |= dict(zip(tensors, means.tolist()))
         skipped, in_a_row = trainer.bad_steps()
         speed = (done - self.first_step) * self.batch_size / self.spent
+        memory = self._gpu_memory()
         self.log(step=done, **values, loss_max=self.loss_max.item(), skipped_steps=skipped,
-                 seconds=self.seconds_before + self.spent, images_per_s=speed)
+                 seconds=self.seconds_before + self.spent, images_per_s=speed, **memory)
         self.loss_max = None
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}")
+        shown = {"gpu": f"{memory['gpu_reserved_gib']:.1f} GiB"} if memory else {}
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}", **shown)
         if in_a_row >= self.max_bad_steps:
             self.reason = (f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are saved. "
                            "Try again in another folder with a lower --lr, or in bf16 or fp32")
+
+    def _gpu_memory(self) -> dict[str, float]:
+        """Peaks since the last call, GiB: what tensors held of the GPU, what torch had taken for them. {} without CUDA."""
+        if self.accelerator.device.type != "cuda":
+            return {}
+        peaks = {"gpu_gib": torch.cuda.max_memory_allocated(), "gpu_reserved_gib": torch.cuda.max_memory_reserved()}
+        torch.cuda.reset_peak_memory_stats()
+        return {name: size / 2**30 for name, size in peaks.items()}
 
     def log(self, **values):
         """Add a line to metrics.jsonl, and to the trackers that Accelerate was given."""
@@ -158,7 +168,7 @@ class Run:
     def record(self, step: int, evaluation):
         """Log an evaluation (`common.metrics.Evaluation`), write its sheet and draw the curves anew."""
         if self.main:
-            self.log(step=step, evaluation=evaluation.scores, teacher=evaluation.teacher_scores)
+            self.log(step=step, evaluation=evaluation.scores, teacher=evaluation.teacher_scores, **self._gpu_memory())
             rows = {"teacher": evaluation.teacher_images, "student": evaluation.images}
             sheet = self.folder / "samples" / f"step_{step:06d}.png"
             with full_disk_is_one_line(self.folder, "with --resume; the last checkpoint is kept"):

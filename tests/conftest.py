@@ -26,6 +26,7 @@ import common  # noqa: F401
 # isort: split
 import diffusers
 import transformers
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import data.draw_mini as drawing
 from common import precision
@@ -59,8 +60,11 @@ def script(path: str):
 def run(path: str, *arguments) -> SimpleNamespace:
     """`python path arguments` in this process, which has loaded the libraries already: returncode, stdout, stderr.
 
-    Any other end than a SystemExit is a failure of the test.
+    Any other end than a SystemExit is a failure of the test. Accelerate keeps the device of the process's first run, which on
+    a machine with a GPU need not be this one's, and is made to forget it.
     """
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     code, printed, errors = 0, io.StringIO(), io.StringIO()
     libraries = [library.utils.logging for library in (diffusers, transformers)]
     verbosity = [logging.get_verbosity() for logging in libraries]

@@ -46,7 +46,8 @@ def test_a_run_from_caching_to_saving(small_set, tmp_path, name, kind, dtype):
     arguments = command(name, small_set, tmp_path, dtype)
     done = on_a_device(kind, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [x["step"] for x in lines(tmp_path / ("run-run" if name == "adapt" else "run")) if "loss" in x] == [1, 2, 3]
+    logged = [x for x in lines(tmp_path / ("run-run" if name == "adapt" else "run")) if "loss" in x]
+    assert [x["step"] for x in logged] == [1, 2, 3] and all(("gpu_gib" in x) == (kind == "cuda") for x in logged)
     if name in ("v1", "v3"):  # V-1 has the most to restore; V-3's loop is the other one
         for file in (tmp_path / "run" / "checkpoint-00000003").iterdir():
             file.unlink()
