@@ -178,7 +178,8 @@ class Evaluator:
             captions, sampling = self.captions[:count], self.sampling | other
             name = f"teacher-{count}-{cache_key('teacher images', self.teacher, captions, sorted(sampling.items()))}"
             path = Path(self.teacher.name) / "evaluation" / f"{name}.safetensors"
-            if not path.is_file():
+            shipped = path.is_file()
+            if not shipped:
                 dtype = torch.float32 if keep else kept_dtype(self.teacher.vae)  # what is shipped is as exact as the weights
                 suffix = "-bf16" if dtype == torch.bfloat16 else ""
                 path = Path(keep or self.folder) / f"{name}{suffix}.safetensors"
@@ -189,7 +190,7 @@ class Evaluator:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(path, content)
             kept = load_file(path)
-            self._teacher_images[place] = kept["images"], kept["seconds"].item()
+            self._teacher_images[place] = kept["images"], None if shipped else kept["seconds"].item()  # or another machine's
         return self._teacher_images[place][0]
 
     def teacher_scores(self, count: int, **other) -> dict[str, float]:
@@ -209,7 +210,8 @@ class Evaluator:
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     write_atomically(path, json.dumps(scores).encode())
             scores = json.loads(path.read_text("utf-8"))
-            self._teacher_scores[place] = {"parameters": self.teacher.parameters, **scores, "seconds an image": seconds}
+            timed = {} if seconds is None else {"seconds an image": seconds}
+            self._teacher_scores[place] = {"parameters": self.teacher.parameters, **scores, **timed}
         return self._teacher_scores[place]
 
     # --- drawing and scoring ---

@@ -13,6 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.files import fingerprint, full_disk_is_one_line
+from common.precision import kept_dtype, strides_for
 from common.settings import first_line, require
 
 CURE_FOR_PICKLES = ("Pickles can run code; of an author whom you trust, StableDiffusionPipeline.from_pretrained(NAME, "
@@ -129,8 +130,17 @@ def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32, what: str = "the teacher") -> UNet2DConditionModel:
     """The frozen U-Net of a folder or hub id. Raises SystemExit with one line where it is of another family than SD-1.x."""
+    if not Path(name).exists():
+        with contextlib.suppress(Exception), torch.device("meta"):  # `load_part` says what is wrong with it
+            file = UNet2DConditionModel.load_config(name, subfolder="unet")
+            require_plain(name, UNet2DConditionModel.from_config(file).config)  # before gigabytes are downloaded
     unet = load_part(UNet2DConditionModel, name, "unet", what, dtype=dtype)
-    config = unet.config
+    require_plain(name, unet.config)
+    return unet
+
+
+def require_plain(name: str, config):
+    """Raises SystemExit with one line where this U-Net's config is of another family than SD-1.x."""
     plain = (config.addition_embed_type is None and config.class_embed_type is None and not config.use_linear_projection
              and isinstance(config.attention_head_dim, int) and isinstance(config.layers_per_block, int)
              and set(config.down_block_types) <= {"CrossAttnDownBlock2D", "DownBlock2D"}
@@ -138,7 +148,6 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32, what: str = "the te
              and config.time_cond_proj_dim is None)  # LCM's guidance scale, which nothing here hands it
     require(plain, f"the U-Net of {name} is of another family than Stable Diffusion 1.x (SDXL, 2.x and others cannot be sliced "
                    "here)")
-    return unet
 
 
 def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.float32, what: str = "the teacher") -> Teacher:
@@ -157,7 +166,7 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     require_sd1(name, unet, vae, text_encoder, tokenizer, scheduler)
     for model in (unet, vae, text_encoder):
         model.to(device)
-    unet.to(memory_format=torch.channels_last)
+    unet.to(memory_format=strides_for(device, dtype if dtype != torch.float32 else kept_dtype(unet)))
     return Teacher(name, unet, vae, text_encoder, tokenizer, scheduler)
 
 

@@ -1,5 +1,6 @@
 """Loading a teacher by hub id and uploading a student, against servers on loopback that speak the hub's protocol."""
 
+import json
 import shutil
 
 import pytest
@@ -39,6 +40,18 @@ def test_a_hub_id_loads_and_goes_on_after_a_cut_connection(hub, tmp_path):
     assert done.returncode == 0 and "loaded 13038884" in done.stdout, done.stderr[-1500:]
     ranges = [r for method, path, r in requests if method == "GET" and path.endswith(weights) and r]
     assert any(int(r.split("=")[1].split("-")[0]) > 0 for r in ranges)  # not from the start again
+
+
+@pytest.mark.slow
+def test_another_familys_hub_id_is_refused_before_its_weights_are_downloaded(tmp_path):
+    (tmp_path / "xl" / "unet").mkdir(parents=True)
+    config = json.loads((TEACHER / "unet" / "config.json").read_text()) | {"use_linear_projection": True}
+    (tmp_path / "xl" / "unet" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "xl" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"gigabytes")
+    with serve_repository(tmp_path / "xl") as (endpoint, requests, _):
+        done = load("somebody/mini", environment_of(endpoint), tmp_path / "home")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: the U-Net of somebody/mini is of another")
+    assert not any("safetensors" in path for _, path, _ in requests)
 
 
 @pytest.mark.slow
