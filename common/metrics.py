@@ -75,7 +75,8 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
     given = nn.Identity()  # torchmetrics' network: it gets features, as one pass of ours serves every metric
     given.num_features = a.shape[1]
-    metric = FrechetInceptionDistance(feature=given).set_dtype(torch.float64)
+    # every process has all features: to sum them over the processes would be wrong, and over NCCL, on the CPU, impossible
+    metric = FrechetInceptionDistance(feature=given, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
     return metric.compute().item()

@@ -102,6 +102,19 @@ def test_sampling_equals_diffusers_pipeline(teacher, sampler, scheduler):
     assert (ours.permute(0, 2, 3, 1).numpy() - theirs * 255).__abs__().max() <= 1
 
 
+def test_frechet_distance_asks_no_other_process(monkeypatch):
+    """Each has all features, on the CPU, where NCCL cannot gather them."""
+    import torchmetrics.metric as metric
+
+    def gather(*_, **__):
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    monkeypatch.setattr(metric, "jit_distributed_available", lambda: True)
+    monkeypatch.setattr(metric, "gather_all_tensors", gather)
+    a = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 4)))
+    assert abs(frechet_distance(a, a)) < 1e-6
+
+
 def test_frechet_distance_of_known_gaussians():
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(3_000, 6)), generator.normal(size=(3_000, 6)) @ generator.normal(size=(6, 6)) + 1
