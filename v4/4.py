@@ -5,8 +5,8 @@
 
 The teacher draws `--trajectories` training captions once, from pure noise, by DPM-Solver++ (arXiv 2211.01095) with
 classifier-free guidance in the middle of the path, where it helps (arXiv 2404.07724), and of each path the states at the
-timesteps that a sampler of `--passes` steps visits are kept. The student learns to go from one kept state to the next by one DDIM
-step of its own (arXiv 2010.02502, eq. 12; a and a' are the two cumulative alphas):
+timesteps that a sampler of `--passes` steps visits are kept. The student learns to go from one kept state to the next by one
+DDIM step of its own (arXiv 2010.02502, eq. 12; a and a' are the two cumulative alphas):
     step(z, eps) = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps,   loss = |step(z_k, eps(z_k)) - z_k+1|^2 / u,
 where u is what a unit error of eps misses by, squared, on the mean of the steps.
 So it takes over the guidance (arXiv 2210.03142), needs one pass a step, and is trained at no other timestep; no pictures are
