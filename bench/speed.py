@@ -208,7 +208,9 @@ def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, i
 
 def few_passes_to_time(world: World, v) -> dict:
     """Four pictures by the student in 4 passes, as V-4 draws, and by the teacher's stock pipeline in 25 guided steps, 50
-    passes; and the two parts that no student makes cheaper."""
+    passes; the two parts that no student makes cheaper; and a tiny autoencoder's decoder, of TAESD's size, random weights."""
+    from diffusers import AutoencoderTiny
+
     teacher, student, captions = world.teacher, world.trainer.ema_student, world.evaluator.captions[:4]
     pipeline = teacher.pipeline()
     side = teacher.latent_side(v.resolution)
@@ -220,9 +222,11 @@ def few_passes_to_time(world: World, v) -> dict:
     def by_the_student():
         sample(student, teacher, captions, sampler="ddim-trailing", steps=4, guidance=1.0, size_px=v.resolution)
 
+    tiny = AutoencoderTiny().eval().to(world.device, teacher.vae.dtype)
     return {"student, 4 passes": by_the_student, "teacher's pipeline, 50 passes": by_the_teacher,
             "of both: text encoder": lambda: encode_captions(teacher.text_encoder, teacher.tokenizer, captions),
-            "of both: decoder": lambda: decode_latents(teacher.vae, latents)}
+            "of both: decoder": lambda: decode_latents(teacher.vae, latents),
+            "a tiny decoder": lambda: decode_latents(tiny, latents)}
 
 
 def loading_to_time(dataset: CocoCaptions, size_px: int) -> dict:

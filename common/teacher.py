@@ -99,14 +99,16 @@ def own_config(config) -> list:
 
 
 def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
-    """The model in `<name>/<part>`. Every weight must be in its file; where only an fp16 file exists, it is used.
+    """The model in `<name>/<part>`, or in `name` itself. Every weight must be in its file; where only an fp16 file exists, it
+    is used.
 
     Raises SystemExit with one line.
     """
     options |= dict(subfolder=part, use_safetensors=True, output_loading_info=True)
     folder = Path(name)
     if folder.exists() or name.startswith((".", "/", "checkpoints")):
-        require((folder / part).is_dir(), f"{name} is no diffusers pipeline folder (it has no {part}/)")
+        lacking = f"diffusers pipeline folder (it has no {part}/)" if part else "folder"
+        require((folder / part).is_dir(), f"{name} is no {lacking}")
         plain = [f for f in (folder / part).glob("*.safetensors*") if ".fp16." not in f.name]
         if not plain and any((folder / part).glob("*.fp16.safetensors*")):
             options["variant"] = "fp16"
@@ -118,7 +120,8 @@ def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
             raise
         pickles = any((folder / part).glob("*.bin"))
         cure = CURE_FOR_PICKLES if pickles else CURE
-        raise SystemExit(f"error: {what} {name} could not be loaded: {part}: {first_line(error)}. {cure}") from None
+        where = f"{part}: " if part else ""
+        raise SystemExit(f"error: {what} {name} could not be loaded: {where}{first_line(error)}. {cure}") from None
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     unexpected = sorted(found["unexpected_keys"])
     if missing:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, run
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPTextModel
 
 from common import cache
@@ -321,6 +322,28 @@ def test_the_card_says_what_is_true_of_teacher_and_data(tmp_path, monkeypatch):
 
 def infer(*arguments):
     return run("v3/inference.py", "--model", FOLDER, "--steps", "1", "--device", "cpu", *arguments)
+
+
+def test_a_tiny_autoencoder_decodes_what_the_pipeline_drew(tmp_path):
+    few = (8,) * 3  # levels: a factor of 4, as the embedded teacher's
+    blocks = dict(num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+    tiny = AutoencoderTiny(encoder_block_out_channels=few, decoder_block_out_channels=few, **blocks).eval()
+    tiny.save_pretrained(tmp_path / "tiny")
+    done = infer("--prompt", "a cat", "--tiny-vae", tmp_path / "tiny", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-1500:]
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    latents = pipeline("a cat", num_inference_steps=1, guidance_scale=5.0, height=32, width=32, output_type="latent",
+                       generator=torch.Generator().manual_seed(0)).images
+    with torch.no_grad():
+        want = (tiny.decode(latents).sample[0] * 127.5 + 127.5).clamp(0, 255)
+    found = pil_to_tensor(Image.open(tmp_path / "out" / "00000.png"))
+    assert (found - want).abs().max() <= 1
+    AutoencoderTiny().save_pretrained(tmp_path / "taesd")  # its factor is 8
+    for wrong, why in ((tmp_path / "taesd", "latents of another shape"), (tmp_path / "none", "is no folder")):
+        done = infer("--prompt", "a cat", "--tiny-vae", wrong, "--out", tmp_path / "out")
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and last.startswith("error: ") and why in last
 
 
 def test_prompts_of_a_windows_editor_draw_what_they_say(tmp_path):

@@ -22,11 +22,11 @@ from common.files import full_disk_is_one_line, make_folder, model_place, read_t
 from common.precision import pick_dtype
 from common.report import drawn_with, save_sheet
 from common.settings import parse, require, start
-from common.teacher import load_teacher
+from common.teacher import load_part, load_teacher
 from common.trainer import start_accelerator
 
 # isort: split
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -51,12 +51,19 @@ class Settings:
     batch: int = 8  # images at a time
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of all weights
+    tiny_vae: str = ""  # a folder or hub id that decodes instead, far faster and less exactly: madebyollin/taesd for SD-1.5's
     compile: bool = False  # torch.compile the U-Net: worth it for many images
 
 
-def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Raises SystemExit with one line where `name` cannot be loaded, or not all of it."""
+def load(name: str, sampler: str, tiny_vae: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """Raises SystemExit with one line where `name` cannot be loaded, or not all of it, or its latents do not fit `tiny_vae`."""
     model = load_teacher(name, device, dtype, "the model")
+    if tiny_vae:
+        tiny = load_part(AutoencoderTiny, tiny_vae, "", "the tiny autoencoder", dtype=dtype)
+        same = (len(tiny.config.block_out_channels), tiny.config.latent_channels) == (
+            len(model.vae.config.block_out_channels), model.vae.config.latent_channels)
+        require(same, f"{tiny_vae} decodes latents of another shape than {name}'s")
+        model.vae = tiny.to(device)
     return model.pipeline(scheduler=sampling.make_scheduler(sampler, model.noise_scheduler))
 
 
@@ -102,7 +109,7 @@ def main(s: Settings):
     for name in (s.model, s.compare) if s.compare else (s.model,):
         place = model_place(name)
         how = how_to_draw(place, sampler=s.sampler, steps=s.steps, guidance=s.guidance)
-        pipeline = load(place, how["sampler"], device, dtype)
+        pipeline = load(place, how["sampler"], s.tiny_vae, device, dtype)
         if s.compile:
             pipeline.unet.compile()
         size_px = size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor  # --compare's too
