@@ -5,6 +5,7 @@
 
 import functools
 import json
+import math
 import sys
 import time
 import zlib
@@ -47,16 +48,19 @@ def cache_key(kind: str, teacher, *others) -> str:
 # --- arrays on disk -------------------------------------------------------------------------------------------------
 
 
-def cached_array(folder: Path, name: str, shape: tuple, produce, unit: str, dtype=np.float16) -> tuple[np.ndarray, dict]:
+def cached_array(folder: Path, name: str, shape: tuple, produce, unit: str, dtype=np.float16,
+                 limit: str = "") -> tuple[np.ndarray, dict]:
     """The array `<folder>/<name>.npy` of `shape`, memory-mapped, and how it was made: `bad` rows, `seconds`.
 
     `produce(start)` yields (indices, end, values) from row `start`; how far it got is written after the data is on
     disk, so a killed run goes on there. Of two runs that start at once the second waits. Every start checks shape and size;
-    the checksum that is taken when a file is whole is for `damaged`. Raises SystemExit where the disk is full.
+    the checksum that is taken when a file is whole is for `damaged`. Raises SystemExit where the disk is full, with the option
+    that is the array's `limit`.
     """
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
+    wanted = f"{name} takes {math.prod(shape) * np.dtype(dtype).itemsize / 1e9:.2g} GB" + (f" ({limit})" if limit else "")
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"), full_disk_is_one_line(folder, "what is cached is kept"):
+    with FileLock(folder / "lock"), full_disk_is_one_line(folder, f"what is cached is kept; {wanted}"):
         state = {"rows": 0, "bad": [], "seconds": 0.0}
         if record.is_file() and fits(path, shape, dtype):
             state = json.loads(record.read_text("utf-8"))
@@ -71,7 +75,12 @@ def fill(path: Path, record: Path, state: dict, shape: tuple, produce, unit: str
         record.unlink(missing_ok=True)
     array = np.lib.format.open_memmap(path, mode="r+" if state["rows"] else "w+", dtype=dtype, shape=shape)
     if not state["rows"]:
-        reserve(path)
+        try:
+            reserve(path)
+        except OSError:  # the file holds all that was left, and with another limit its name would be another
+            del array
+            path.unlink()
+            raise
     began = time.perf_counter() - state["seconds"]
 
     def keep():
@@ -239,7 +248,8 @@ class TrainingPairs:
                     yield list(range(i, i + len(part))), i + len(part), states.float().cpu().numpy()
 
             shape = (len(texts), *self.empty.shape[1:])
-            self.embeddings, _ = cached_array(self.folder, f"captions-{len(texts)}", shape, produce, "cap")
+            self.embeddings, _ = cached_array(self.folder, f"captions-{len(texts)}", shape, produce, "cap",
+                                              limit="--cache-gb")
         if len(texts) < len(distinct) and self.rank == 0:
             print(f"{len(texts):,} of {len(distinct):,} captions are cached; the rest are encoded on the fly")
 

@@ -1,5 +1,6 @@
 """Broken input is one clear line or is skipped and counted; caches mend themselves."""
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from common import cache
 from common.cache import TrainingPairs, cached_array, damaged
 from common.coco import CocoCaptions
 from common.images import load_image
@@ -217,6 +219,17 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after(small_set, teacher, s
         TrainingPairs(dataset, teacher, disk, process(), **options)
     grow()
     assert len(TrainingPairs(dataset, teacher, disk, process(), **options)) == 48
+
+
+def test_what_does_not_fit_gives_the_disk_back(tmp_path, monkeypatch):
+    def take_all_and_fail(path):
+        assert path.is_file()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "reserve", take_all_and_fail)
+    with pytest.raises(SystemExit, match=r"disk .* is full.* x takes 4e-07 GB \(--cache-gb\)"):
+        cached_array(tmp_path, "x", (50, 4), count_up([]), "row", limit="--cache-gb")
+    assert {path.name for path in tmp_path.iterdir()} <= {"lock"}
 
 
 @pytest.mark.slow
