@@ -229,7 +229,7 @@ def write_networks(model: Teacher, folder: Path):
         # both agreed with PyTorch within 3e-6.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(module, tuple(values.values()), path, dynamo=False, input_names=list(values),
+            torch.onnx.export(module, tuple(values.values()), str(path), dynamo=False, input_names=list(values),
                               output_names=["output"], dynamic_axes=batched | {"output": {0: "batch"}})
         difference, share = largest_difference(module, path, checks[name][2])
         print(f"{path.name}: differs from PyTorch by at most {difference:.1e}, {share:.1e} of the largest output")
