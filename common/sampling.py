@@ -126,7 +126,7 @@ def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guid
         generator = torch.Generator().manual_seed(seed + number)
         noise = torch.randn((n, 4, side, side), generator=generator).to(device) * scheduler.init_noise_sigma
         path = denoise(unet, scheduler, noise, encoded, guidance, generator)
-        for _ in scheduler.timesteps:
+        for _ in range(steps):  # of 61 and other steps diffusers' trailing spacing makes one more, at timestep -1
             latents = next(path)
         images.append(decode_latents(teacher.vae, latents).cpu())
     return torch.cat(images), (time.perf_counter() - began) / len(captions)

@@ -307,6 +307,30 @@ def test_onnx_draws_what_the_pipeline_draws(teacher, tmp_path, shape, card):
     assert np.abs(expected[0] - expected[1]).max() > 20  # it listens to noise and prompt
 
 
+def test_draw_onnx_never_visits_the_timestep_before_the_first(teacher, tmp_path, monkeypatch):
+    """With networks that give nothing but zeros."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r v3/requirements.txt")
+    export.write_drawing(teacher, {}, tmp_path)
+    visited = []
+
+    class Session:
+        def __init__(self, file, providers):
+            self.outputs = np.zeros((1, 3, 32, 32) if "vae" in file else (1, 4, 8, 8), np.float32)
+
+        def get_inputs(self):
+            return [SimpleNamespace(shape=("batch", 4, 8, 8))]
+
+        def run(self, _, inputs):
+            visited.extend(int(value) for name, value in inputs.items() if name == "timestep")
+            return [self.outputs]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    for steps in (4, 61):
+        visited.clear()
+        done = run("v3/draw_onnx.py", "--model", tmp_path, "--steps", steps, "--guidance", 1, "--out", tmp_path / "p.png")
+        assert done.returncode == 0 and len(visited) == steps and min(visited) >= 0, done.stderr
+
+
 def test_the_exporter_gets_a_name_as_only_then_it_writes_more_than_2_gib(teacher, tmp_path, monkeypatch):
     """The one of torch 2.13 puts weights into files of their own where it is given a str, and raises where it is not."""
     pytest.importorskip("onnxruntime", reason="pip install -r v3/requirements.txt")

@@ -1,6 +1,7 @@
 """Slicing, sampling and metrics against independent references."""
 
 import json
+from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -100,6 +101,21 @@ def test_sampling_equals_diffusers_pipeline(teacher, sampler, scheduler):
                       generator=torch.Generator().manual_seed(7)).images
     ours, _ = sample(teacher.unet, teacher, captions, sampler=sampler, steps=6, guidance=3.0, seed=7, size_px=32)
     assert (ours.permute(0, 2, 3, 1).numpy() - theirs * 255).__abs__().max() <= 1
+
+
+def test_trailing_steps_never_visit_the_timestep_before_the_first(teacher):
+    """Of 61 steps diffusers makes 62: np.arange(1000, 0, -1000 / 61) has as many values."""
+    visited = []
+
+    def predict(latents, t, *_, **__):
+        visited.append(int(t))
+        return [torch.zeros_like(latents)]
+
+    unet = mock.Mock(side_effect=predict, parameters=lambda: iter([torch.zeros(())]))
+    for steps in (60, 61, 122):
+        visited.clear()
+        sample(unet, teacher, ["a cat"], sampler="ddim-trailing", steps=steps, guidance=1.0, size_px=32)
+        assert len(visited) == steps and min(visited) >= 0 and visited == sorted(visited, reverse=True)
 
 
 def test_frechet_distance_asks_no_other_process(monkeypatch):
