@@ -89,6 +89,11 @@ def test_a_teacher_of_as_many_steps_is_its_own_student(teacher, tmp_path):
     assert (ddim_step(batch.z, noise_pred, batch.a, batch.a_next) - batch.wanted).abs().max() < 0.02
 
 
+def test_passes_that_the_stock_pipeline_cannot_draw_are_refused(teacher, tmp_path):
+    with pytest.raises(SystemExit, match="--passes 61"):
+        trajectories_of(teacher, tmp_path, teacher_steps=(1,) * 61)
+
+
 def test_draws_depend_on_seed_and_step_alone_and_are_shared(teacher, tmp_path):
     whole = trajectories_of(teacher, tmp_path)
     halves = [trajectories_of(teacher, tmp_path, rank=rank, processes=2) for rank in range(2)]

@@ -132,6 +132,8 @@ class Trajectories:
         self.scheduler = make_scheduler("ddim-trailing", teacher.noise_scheduler)
         self.scheduler.set_timesteps(passes)
         self.timesteps = self.scheduler.timesteps  # (passes,) falling
+        require(-1 not in self.timesteps, f"--passes {passes}: diffusers' trailing spacing adds a step at timestep -1, which "
+                "spoils the picture; choose another number")
         alphas = self.scheduler.alphas_cumprod[self.timesteps]
         alphas = torch.cat([alphas, self.scheduler.final_alpha_cumprod.view(1)])
         self.a, self.a_next = alphas[:-1], alphas[1:]  # (passes,) each
