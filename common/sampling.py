@@ -36,15 +36,18 @@ def encode_captions(text_encoder, tokenizer, captions: list[str], batch: int = 2
     return torch.cat(chunks)
 
 
-def encode_images(vae, images: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (n, 4, h, w) of (n, 3, H, W) uint8: the posterior's mean, so that an epoch repeats."""
-    pixels = images.to(vae.device, vae.dtype) / 127.5 - 1
-    return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-
-
 def images_at_once(height_px: int, width_px: int) -> int:
     """Images that the autoencoder takes at a time: 250 at 64 px, and no more pixels than that at any size."""
     return max(1, min(250, 250 * 64 * 64 // (height_px * width_px)))
+
+
+def encode_images(vae, images: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (n, 4, h, w) of (n, 3, H, W) uint8: the posterior's mean, so that an epoch repeats."""
+    latents = []
+    for chunk in images.split(images_at_once(*images.shape[2:])):
+        pixels = chunk.to(vae.device, vae.dtype) / 127.5 - 1
+        latents.append(vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
+    return torch.cat(latents)
 
 
 @torch.no_grad()

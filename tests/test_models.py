@@ -1,6 +1,7 @@
 """Slicing, sampling and metrics against independent references."""
 
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import huggingface_hub
@@ -12,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNe
 
 from common.metrics import coverage, frechet_distance, kernel_distance
 from common.mini import EffNetLite0, caption_accuracy, drawn_objects, load_reader
-from common.sampling import sample
+from common.sampling import encode_images, sample
 from common.slicing import even_channels, slice_unet, student_config
 from common.teacher import load_teacher
 from data.draw_mini import Painter, annotations, plan_set
@@ -101,6 +102,22 @@ def test_sampling_equals_diffusers_pipeline(teacher, sampler, scheduler):
                       generator=torch.Generator().manual_seed(7)).images
     ours, _ = sample(teacher.unet, teacher, captions, sampler=sampler, steps=6, guidance=3.0, seed=7, size_px=32)
     assert (ours.permute(0, 2, 3, 1).numpy() - theirs * 255).__abs__().max() <= 1
+
+
+def test_no_more_pixels_are_encoded_at_once_than_250_pictures_of_64_px_have():
+    """By an autoencoder that takes every eighth pixel."""
+    counts = []
+
+    def encode(pixels):
+        counts.append(len(pixels))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels[:, :, ::8, ::8]))
+
+    vae = SimpleNamespace(device="cpu", dtype=torch.float32, encode=encode, config=SimpleNamespace(scaling_factor=2.0))
+    for count, side, wanted in ((7, 512, [3, 3, 1]), (128, 64, [128])):
+        counts.clear()
+        images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+        latents = encode_images(vae, images)
+        assert counts == wanted and torch.equal(latents, 2 * (images[:, :, ::8, ::8] / 127.5 - 1))
 
 
 def test_trailing_steps_never_visit_the_timestep_before_the_first(teacher):
