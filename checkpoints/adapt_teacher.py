@@ -35,7 +35,7 @@ from common.mini import caption_scores
 from common.precision import fastest_kernels, pick_dtype
 from common.report import SHOWN, model_card, save_student, scores_table
 from common.run import Run
-from common.settings import parse, require, start
+from common.settings import first_line, parse, require, start
 from common.teacher import load_teacher, load_unet
 from common.trainer import Trainer, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
@@ -126,16 +126,22 @@ class Adapted(torch.nn.Module):
         return self.unet(*args, **kwargs)
 
 
-def make_trainable(unet, rank: int, full: bool):
-    """Choose the weights of `unet` that are trained and turn them to fp32: all, or norms and new adapters.
+def require_adapters():
+    """Raises SystemExit where peft is not installed or cannot work, which it says when it makes an adapter."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
 
-    Raises SystemExit where peft is not installed.
-    """
+        inject_adapter_in_model(LoraConfig(target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(1, 1)))
+    except ImportError as error:  # Colab's torchao is too old for it
+        raise SystemExit(f"error: adapters cannot be made ({first_line(error)}): pip install peft, pip install -U torchao or "
+                         "pip uninstall torchao, or train every weight with --full") from None
+
+
+def make_trainable(unet, rank: int, full: bool):
+    """Choose the weights of `unet` that are trained and turn them to fp32: all, or norms and new adapters."""
     if not full:
-        try:
-            from peft import LoraConfig
-        except ImportError:
-            raise SystemExit("error: adapters need peft: pip install peft, or train every weight with --full") from None
+        from peft import LoraConfig
+
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(full or "lora" in name or "norm" in name)
@@ -173,6 +179,8 @@ def adapted_to(teacher) -> int:
 
 def main(s: Settings):
     accelerator = start_accelerator(s.device, track=s.track, out=f"{s.out}-run")
+    if not s.full:
+        require_adapters()
     dtype = pick_dtype(s.dtype, accelerator.device)
     out = Path(s.out)
     run = Run(f"{s.out}-run", s, s.resume, accelerator)

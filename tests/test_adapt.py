@@ -1,6 +1,5 @@
 """The adaptation of a teacher: what is trained, merged and saved, kills, mistakes."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -140,9 +139,21 @@ def test_mistakes_get_one_line(adapted, small_set, cache, tmp_path, monkeypatch)
     twice = command(small_set, cache, tmp_path / "twice", "--teacher", out)
     assert "has been adapted to 16 px already" in refusal(*twice) and "--again" in refusal(*twice)
     assert "--resolution must be a multiple of 8" in refusal(*command(small_set, cache, tmp_path / "x", "--resolution", "20"))
+
+
+def test_adapters_that_cannot_be_made_are_one_line_before_anything_is_computed(tmp_path, monkeypatch):
+    from peft.tuners.lora import torchao
+
+    def is_old():
+        raise ImportError("Found an incompatible version of torchao. Found version 0.10.0, but only versions above 0.16.0 ...")
+
+    arguments = (PATH, "--mini", "--data", tmp_path / "none", "--out", tmp_path / "y")
+    monkeypatch.setattr(torchao, "is_torchao_available", is_old)
+    line = refusal(*arguments)
+    assert "Found version 0.10.0" in line and "pip uninstall torchao" in line and "--full" in line
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert "pip install peft" in refusal(*command(small_set, cache, tmp_path / "y"))
-    shutil.rmtree(tmp_path / "y-run", ignore_errors=True)
+    assert "pip install peft" in refusal(*arguments)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
