@@ -12,7 +12,8 @@ import warnings
 LIMITS = {  # what options of these names take, in every script: from, to (both included)
     "steps": (2, None), "batch_size": (2, None), "final_samples": (2, None), "eval_samples": (2, None), "samples": (2, None),
     "batch": (1, None), "size_px": (0, None), "shard_size": (1, None), "processes": (1, None), "threads": (1, None),
-    "sample_steps": (1, 1000), "save_every": (1, None), "log_every": (1, None), "eval_batch": (1, None),
+    "sample_steps": (1, 999),  # of 1,000 timesteps, which the teacher's steps_offset moves by one
+    "save_every": (1, None), "log_every": (1, None), "eval_batch": (1, None),
     "max_bad_steps": (1, None), "accumulate": (1, None), "keep": (1, None), "layers": (1, None), "resolution": (1, None),
     "channels": (1, None), "groups": (0, None), "seed": (0, 2**32 - 1), "eval_every": (0, None), "workers": (0, None),
     "store": (0, None), "cache_gb": (0, None), "weight_decay": (0, None), "feature_weight": (0, None),

@@ -362,6 +362,7 @@ def test_prompts_of_a_windows_editor_draw_what_they_say(tmp_path):
     (("--prompt", "a cat", "--model", "nowhere/at-all/x"), "nowhere/at-all/x"), (("--prompt", ""), "--prompt"),
     (("--prompt", "a cat", "--seed", str(2**32)), "--seed"),
     (("--prompt", "a cat", "--sampler", "ddim-trailing", "--steps", "61"), "--steps 61"),
+    (("--prompt", "a cat", "--steps", "1000"), "0..999"),
 ])
 def test_a_mistake_in_drawing_is_one_line(tmp_path, arguments, said):
     done = infer("--out", tmp_path / "x", *arguments)

@@ -246,6 +246,7 @@ def test_a_users_mistake_is_one_clear_line(small_set, cache, tmp_path, name, arg
 
 @pytest.mark.parametrize("arguments, message", [
     ("--mini --chains 1000,0", "--chains must lie in 1..1000 and not rise"),
+    ("--mini --sample-steps 1000", "--sample-steps must lie in 1..999"),
     ("--mini --device cuda:a", "--device must be auto, cuda, cuda:N, mps or cpu"),
     ("--mini --channels 64,48,x", "argument --channels: '64,48,x' is no list of whole numbers with commas between them"),
 ])

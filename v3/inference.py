@@ -131,4 +131,4 @@ def main(s: Settings):
 
 
 if __name__ == "__main__":
-    start(main, parse(Settings, __doc__, limits={"steps": (0, None)}))
+    start(main, parse(Settings, __doc__, limits={"steps": (0, 999)}))
