@@ -119,6 +119,9 @@ def save_curve(path: Path, few: dict[str, dict], score: str):
 
 def main(s: Settings):
     require(s.passes or not s.curve, "--curve needs --passes, such as --passes 2,4,8,16,50")
+    for option, name in (("--sheet", s.sheet), ("--curve", s.curve)):
+        require(name.endswith(".png") or not name, f"{option} must end in .png")
+        make_folder(Path(name).parent, option)
     folder = Path(from_root(s.teacher)).is_dir()
     require(folder or not s.ship, "--ship writes beside the teacher's weights: it needs their folder, not a hub id")
     accelerator = start_accelerator(s.device)

@@ -208,10 +208,10 @@ def test_a_folder_of_no_format_is_one_line_that_names_them_all(tmp_path, path):
     put(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "about.txt").write_text("holiday", "utf-8")
     place = "--sheet" if path == "common/evaluate.py" else "--out"
-    line = refusal(path, "--data", tmp_path / "pictures", place, tmp_path / "x")
+    line = refusal(path, "--data", tmp_path / "pictures", place, tmp_path / "x.png")
     for name in ("COCO", ".txt", "metadata.jsonl", "metadata.csv", "download_coco.py"):
         assert name in line
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.png").exists()
 
 
 # ---- what is held out ----

@@ -258,6 +258,16 @@ def test_a_mistake_with_mini_is_one_line_before_anything_is_made(monkeypatch, tm
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", [["--sheet"], ["--passes", "2", "--curve"]])
+def test_where_an_evaluations_pictures_go_is_known_before_it_draws(tmp_path, option):
+    (tmp_path / "file").touch()
+    nowhere = ["common/evaluate.py", "--data", tmp_path / "none", *option]
+    assert refusal(*nowhere, tmp_path / "x.gif") == f"error: {option[-1]} must end in .png"
+    assert refusal(*nowhere, tmp_path / "file" / "x.png").startswith(f"error: {option[-1]}: {tmp_path / 'file'} cannot be made")
+    assert str(tmp_path / "none") in refusal(*nowhere, tmp_path / "new" / "deep" / "x.png")
+    assert (tmp_path / "new" / "deep").is_dir()
+
+
 def test_help_shows_every_setting_with_its_default():
     done = run(SCRIPTS["v2.2"], "--help")
     text = " ".join(done.stdout.split())
