@@ -36,6 +36,8 @@ def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         require(alone, f"--device {device} is one device; several processes need --device cuda")
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        if ":" in device:  # Accelerate leaves the first one current, whose memory and precision we would be told
+            torch.cuda.set_device(device)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     try:
         accelerator = Accelerator(

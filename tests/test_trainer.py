@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from pretend_device import WAITS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import trainer as trainer_module
 from common.cache import Batch
 from common.trainer import Trainer, one_cycle, predict_noise, start_accelerator
 
@@ -38,6 +39,18 @@ def noise_loss(trainer, batch) -> torch.Tensor:
     with trainer.autocast():
         noise_pred = predict_noise(trainer.model, batch.latents + batch.noise, batch)
     return torch.nn.functional.mse_loss(noise_pred, batch.noise)
+
+
+def test_the_named_gpu_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(trainer_module, "Accelerator", lambda **_: exit("started"))
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "")  # which it is told of, and forgets
+    for device in ("cuda:1", "cuda", "auto", "cpu"):
+        with pytest.raises(SystemExit, match="started"):
+            start_accelerator(device)
+    assert current == ["cuda:1"]
 
 
 def test_ema_against_its_closed_form():
