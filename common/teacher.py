@@ -98,6 +98,20 @@ def own_config(config) -> list:
     return sorted((k, repr(v)) for k, v in values.items() if not k.startswith("_") and k not in passing)
 
 
+def from_pretrained(kind, name: str, options: dict):
+    """What `kind.from_pretrained` gives; of a hub id without the plain files, the fp16 ones."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except OSError as error:
+        missing = "does not appear to have a file named" in str(error)  # both libraries say so, and not by a type
+        if Path(name).exists() or not missing:
+            raise
+        try:
+            return kind.from_pretrained(name, **options, variant="fp16")
+        except OSError:
+            raise error from None
+
+
 def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
     """The model in `<name>/<part>`, or in `name` itself. Every weight must be in its file; where only an fp16 file exists, it
     is used.
@@ -114,7 +128,7 @@ def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
             options["variant"] = "fp16"
     try:
         with full_disk_is_one_line(Path(HF_HUB_CACHE), "the download goes on where it stopped"):
-            model, found = kind.from_pretrained(name, **options)
+            model, found = from_pretrained(kind, name, options)
     except Exception as error:  # what a damaged file raises depends on the library that reads it
         if isinstance(error, SystemExit):
             raise

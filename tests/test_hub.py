@@ -43,6 +43,23 @@ def test_a_hub_id_loads_and_goes_on_after_a_cut_connection(hub, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_hub_id_of_fp16_files_alone_loads_and_one_without_any_names_the_plain_one(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TEACHER, folder)
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    with serve_repository(folder) as (endpoint, _, _):
+        done = load("somebody/mini", environment_of(endpoint), tmp_path / "home")
+        assert done.returncode == 0 and "loaded 13038884" in done.stdout, done.stderr[-1500:]
+        file = folder / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+        file.rename(file.with_name("another.safetensors"))
+        done = load("somebody/mini", environment_of(endpoint), tmp_path / "another home")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "vae: somebody/mini" in last and "file named diffusion_pytorch_model.safetensors" in last
+
+
+@pytest.mark.slow
 def test_another_familys_hub_id_is_refused_before_its_weights_are_downloaded(tmp_path):
     (tmp_path / "xl" / "unet").mkdir(parents=True)
     config = json.loads((TEACHER / "unet" / "config.json").read_text()) | {"use_linear_projection": True}
