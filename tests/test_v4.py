@@ -94,6 +94,11 @@ def test_passes_that_the_stock_pipeline_cannot_draw_are_refused(teacher, tmp_pat
         trajectories_of(teacher, tmp_path, teacher_steps=(1,) * 61)
 
 
+def test_a_batch_that_the_processes_cannot_share_is_refused(teacher, tmp_path):
+    with pytest.raises(SystemExit, match="--batch-size must be a multiple of 3"):
+        trajectories_of(teacher, tmp_path, processes=3)
+
+
 def test_draws_depend_on_seed_and_step_alone_and_are_shared(teacher, tmp_path):
     whole = trajectories_of(teacher, tmp_path)
     halves = [trajectories_of(teacher, tmp_path, rank=rank, processes=2) for rank in range(2)]

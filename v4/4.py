@@ -129,6 +129,8 @@ class Trajectories:
         require(batch_size <= len(captions), f"--batch-size {batch_size} is more than the {len(captions)} captions")
         self.batch_size, self.seed = batch_size, seed
         self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+        even = batch_size % self.processes == 0
+        require(even, f"--batch-size must be a multiple of {self.processes}, the number of processes")
         self.scheduler = make_scheduler("ddim-trailing", teacher.noise_scheduler)
         self.scheduler.set_timesteps(passes)
         self.timesteps = self.scheduler.timesteps  # (passes,) falling
