@@ -131,16 +131,19 @@ def write_curves(rows: dict[str, list[Path]], path: Path):
 
 
 def write_sheet(rows: dict[str, list[Path]], path: Path):
-    """One row a version, from the runs' own sheets (teacher's row over the student's, captions below)."""
+    """One row a version that has one, from the runs' own sheets (teacher's row over the student's, captions below)."""
     sheets = {}
     for name, runs in rows.items():
-        newest = max((runs[0] / "samples").glob("step_*.png"))
-        sheets[name] = Image.open(newest)
+        newest = max((runs[0] / "samples").glob("step_*.png"), default=None)
+        if newest:
+            sheets[name] = Image.open(newest)
+    if not sheets:
+        return
     first = next(iter(sheets.values()))
     captions = first.crop((0, 2 * CELL_PX, first.width, first.height))
-    sheet = Image.new("RGB", (first.width, CELL_PX * (len(rows) + 1) + captions.height), "white")
+    sheet = Image.new("RGB", (first.width, CELL_PX * (len(sheets) + 1) + captions.height), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, name in enumerate(["teacher", *rows]):
+    for number, name in enumerate(["teacher", *sheets]):
         top = 0 if name == "teacher" else CELL_PX
         row = sheets.get(name, first).crop((MARGIN_PX, top, first.width, top + CELL_PX - 4))
         sheet.paste(row, (MARGIN_PX, number * CELL_PX))

@@ -142,15 +142,18 @@ def main(s: Settings):
 
     train_all(first)
     # as much time as V-2.2 of the best adapters takes: without the adaptation (the second student on) and with it
-    step = median(seconds_of(job.out)[0] for job in first if job.version == "V-2.1") / s.steps
-    store = median(seconds_of(job.out)[1] for job in first if job.version == "V-2.2" and job.kind == best)
-    adaptation = median(seconds_of(Path(f"{job.teacher}-run"))[0] for job in first if job.kind == best)
+    done = [job for job in first if is_done(job.out, job.steps)]  # all of them, but for --table
+    step_s = [seconds_of(job.out)[0] / s.steps for job in done if job.version == "V-2.1"]
+    stores = [seconds_of(job.out)[1] for job in done if job.version == "V-2.2" and job.kind == best]
+    adaptations = [seconds_of(Path(f"{job.teacher}-run"))[0] for job in done if job.kind == best]
     longer = []
-    for kind, extra, what in ((best, store, "store's"), (RAW, store + adaptation, "store's and adaptation's")):
-        name = f"V-2.1 of {kind}, and the {what} time"
-        for seed in range(s.seeds):
-            again = steps_begun_with(out / f"{name} seed{seed}")
-            longer.append(job("V-2.1", kind, seed, again or round(s.steps + extra / step), name))
+    if step_s and stores:
+        store, both = median(stores), median(stores) + median(adaptations)
+        for kind, extra, what in ((best, store, "store's"), (RAW, both, "store's and adaptation's")):
+            name = f"V-2.1 of {kind}, and the {what} time"
+            for seed in range(s.seeds):
+                again = steps_begun_with(out / f"{name} seed{seed}")
+                longer.append(job("V-2.1", kind, seed, again or round(s.steps + extra / median(step_s)), name))
     train_all(longer)
     train_all(others)
     unique = {job.out: job for job in first + longer + others}

@@ -1,12 +1,13 @@
 """What people look at: the model card that the hub reads, the closing table, curves, sheets."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TEACHER
+from conftest import ROOT, TEACHER, run, script
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from PIL import Image
@@ -142,3 +143,22 @@ def test_a_sheet_names_its_rows(tmp_path):
         for row in range(2):
             place = (0, row * report.CELL_PX, report.MARGIN_PX, (row + 1) * report.CELL_PX)
             assert sheet.crop(place).convert("L").getextrema() != (255, 255)
+
+
+def test_the_table_of_a_comparison_that_has_only_begun_holds_the_runs_that_are_done(tmp_path):
+    out = tmp_path / "compare"
+    done = run("bench/teacher.py", "--table", "--out", out, "--steps", "20")
+    assert done.returncode == 0 and len((out / "table.md").read_text("utf-8").splitlines()) == 2, done.stderr
+    finished, begun = out / "V-2.1 of the teacher as it is seed0", out / "V-2.2 of the teacher as it is seed0"
+    for folder, step in ((finished, 20), (begun, 10)):
+        (folder / "student").mkdir(parents=True)
+        scores = dict.fromkeys(script("bench/compare.py").METRICS, 2.0)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "seconds": 9.0, "evaluation": scores}) + "\n", "utf-8")
+    (finished / "samples").mkdir()
+    row = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    report.save_sheet(finished / "samples" / "step_000020.png", {"teacher": row, "student": row}, ["a cat"] * 8)
+    done = run("bench/teacher.py", "--table", "--out", out, "--steps", "20")
+    assert done.returncode == 0 and [line.split("|")[1] for line in done.stdout.splitlines()[2:]] == [
+        " V-2.1 of the teacher as it is "], done.stderr
+    script("bench/compare.py").write_sheet({"V-2.1": [finished], "V-2.2": [begun]}, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").height == 2 * report.CELL_PX + report.LABEL_PX
