@@ -54,7 +54,8 @@ class Fitness(NamedTuple):
             return ""
         where = ", ".join(map(str, self.unfit()))
         return (f"warning: at {resolution} px this teacher knows hardly more than a blind guess at timesteps {where}; "
-                f"{effect}. Adapt it first: python checkpoints/adapt_teacher.py --resolution {resolution}")
+                f"{effect}. Adapt it first: python checkpoints/adapt_teacher.py --resolution {resolution} --out FOLDER, with "
+                "this run's --mini, --teacher and --data")
 
     def describe(self, resolution: int, effect: str) -> str:
         """The table, and the warning where one is due."""
