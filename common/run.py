@@ -61,7 +61,7 @@ class Run:
         inputs, path = {"data": data, "teacher": teacher, "dtype": str(dtype)}, self.folder / "inputs.json"
         before = json.loads(read_text(path)) if self.begun and path.is_file() else inputs
         back = f"changed since {self.folder} was started; put it back as it was, or begin anew in another --out"
-        require(before["data"] == data, f"the data {back}")
+        require(before["data"] == data, f"the data (with --shards the number of processes, too) {back}")
         require(before["teacher"] == teacher or before["dtype"] != str(dtype), f"the teacher {back}")
         with full_disk_is_one_line(self.folder, "nothing is lost"):
             write_atomically(path, json.dumps(inputs).encode())

@@ -183,9 +183,9 @@ class ShardPairs:
         return f"{len(self.shards):,} shards of training pictures"
 
     def fingerprint(self) -> str:
-        """Of the shards' names, sizes and times: a resumed run must find the same."""
+        """Of the shards' names, sizes and times and of how many processes share them: a resumed run must find the same."""
         stamps = [(Path(shard).name, os.stat(shard).st_size, os.stat(shard).st_mtime_ns) for shard in self.shards]
-        return fingerprint(stamps)
+        return fingerprint(stamps, self.processes)
 
     @torch.no_grad()
     def draw(self, step: int, dropout: float, *, chain: torch.Tensor | None = None, part: int = 0, parts: int = 1) -> Batch:
