@@ -55,7 +55,7 @@ class Settings:
     compile: bool = False  # torch.compile the U-Net: worth it for many images
 
 
-def load(name: str, sampler: str, tiny_vae: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
+def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype, tiny_vae: str = "") -> StableDiffusionPipeline:
     """Raises SystemExit with one line where `name` cannot be loaded, or not all of it, or its latents do not fit `tiny_vae`."""
     model = load_teacher(name, device, dtype, "the model")
     if tiny_vae:
@@ -109,7 +109,7 @@ def main(s: Settings):
     for name in (s.model, s.compare) if s.compare else (s.model,):
         place = model_place(name)
         how = how_to_draw(place, sampler=s.sampler, steps=s.steps, guidance=s.guidance)
-        pipeline = load(place, how["sampler"], s.tiny_vae, device, dtype)
+        pipeline = load(place, how["sampler"], device, dtype, s.tiny_vae)
         pipeline.scheduler.set_timesteps(how["steps"])
         require(-1 not in pipeline.scheduler.timesteps, f"--steps {how['steps']}: diffusers' trailing spacing adds a step at "
                 "timestep -1, which spoils the picture; choose another number")
