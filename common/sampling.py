@@ -84,20 +84,16 @@ def ddim_step(z: torch.Tensor, noise_pred: torch.Tensor, a: torch.Tensor, a_next
 
 
 @torch.no_grad()
-def denoise(unet, scheduler, latents: torch.Tensor, encoded: torch.Tensor, guidance: float, generator,
-            guided: tuple[int, int] = (0, 1000)):
+def denoise(unet, scheduler, latents: torch.Tensor, encoded: torch.Tensor, guidance: float, generator):
     """Yields the latents (N, 4, h, w) after each step of `scheduler`, whose timesteps are set.
 
     `encoded`: the captions (N, tokens, width); for guidance above 1 (see `guide`) as many empty ones before them. At 1, as in
-    diffusers' pipeline, and at timesteps that are not `guided`, the captions' prediction stands alone.
+    diffusers' pipeline, the captions' prediction stands alone.
     """
-    lowest, highest = guided
-    for t, number in zip(scheduler.timesteps, scheduler.timesteps.tolist()):
-        both = guidance > 1 and lowest <= number <= highest
-        asked = encoded if both else encoded[-len(latents):]
-        inputs = scheduler.scale_model_input(latents.repeat(len(asked) // len(latents), 1, 1, 1), t).to(encoded.dtype)
-        noise_pred = unet(inputs, t, asked, return_dict=False)[0].float()
-        if both:
+    for t in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(latents.repeat(len(encoded) // len(latents), 1, 1, 1), t).to(encoded.dtype)
+        noise_pred = unet(inputs, t, encoded, return_dict=False)[0].float()
+        if guidance > 1:
             noise_pred = guide(noise_pred, guidance)
         latents = scheduler.step(noise_pred, t, latents, generator=generator, return_dict=False)[0]
         yield latents

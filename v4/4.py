@@ -4,9 +4,9 @@
     python v4/4.py --start checkpoints/v2.1                   # SD-1.5 at 64 px, from V-2.1's with --learned-guidance 5
 
 The teacher draws `--trajectories` training captions once, from pure noise, by DPM-Solver++ (arXiv 2211.01095) with
-classifier-free guidance in the middle of the path, where it helps (arXiv 2404.07724), and of each path the states at the
-timesteps that a sampler of `--passes` steps visits are kept. The student learns to go from one kept state to the next by one
-DDIM step of its own (arXiv 2010.02502, eq. 12; a and a' are the two cumulative alphas):
+classifier-free guidance, and of each path the states at the timesteps that a sampler of `--passes` steps visits are kept. The
+student learns to go from one kept state to the next by one DDIM step of its own (arXiv 2010.02502, eq. 12; a and a' are the two
+cumulative alphas):
     step(z, eps) = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps,   loss = |step(z_k, eps(z_k)) - z_k+1|^2 / u,
 where u is what a unit error of eps misses by, squared, on the mean of the steps.
 So it takes over the guidance (arXiv 2210.03142), needs one pass a step, and is trained at no other timestep; no pictures are
@@ -65,7 +65,6 @@ class Settings:
     teacher_steps: tuple[int, ...] = (4, 4, 4, 8)  # steps of the teacher's for each of the passes
     trajectories: int = 40_000  # captions that it draws
     learned_guidance: float = 5.0  # the guidance scale at which it draws them
-    guided: tuple[int, int] = (150, 700)  # between these timesteps; elsewhere it costs a second pass and does harm
     # training
     steps: int = 20_000  # optimizer steps
     batch_size: int = 64  # states a step
@@ -124,7 +123,7 @@ class Trajectories:
     (N, passes + 1, 4, side, side), the first of which is the noise, and the captions' embeddings (N, tokens, width)."""
 
     def __init__(self, teacher, captions: list[str], folder: Path, accelerator, *, teacher_steps: tuple[int, ...],
-                 guidance: float, guided: tuple[int, int], side: int, batch_size: int, seed: int):
+                 guidance: float, side: int, batch_size: int, seed: int):
         passes = len(teacher_steps)
         require(batch_size <= len(captions), f"--batch-size {batch_size} is more than the {len(captions)} captions")
         self.batch_size, self.seed = batch_size, seed
@@ -166,12 +165,12 @@ class Trajectories:
                     encoded = torch.cat([empty.expand(len(rows), -1, -1), encoded])  # (2 n, tokens, width)
                 finer.set_timesteps(timesteps=visited.tolist(), device=self.device)  # it forgets the last path's predictions
                 with autocast(z.device, lowered):
-                    path = list(denoise(teacher.unet, finer, z, encoded, guidance, None, guided))
+                    path = list(denoise(teacher.unet, finer, z, encoded, guidance, None))
                 states = [z, *(path[end - 1] for end in np.cumsum(teacher_steps))]
                 yield list(rows), rows[-1] + 1, torch.stack(states, 1).float().cpu().numpy()
 
         lowered = kept_dtype(teacher.text_encoder)  # the U-Net has its precision, and may be gone where all is cached
-        key = cache_key("trajectories", teacher, captions, passes, teacher_steps, guidance, guided, side, str(lowered))
+        key = cache_key("trajectories", teacher, captions, passes, teacher_steps, guidance, side, str(lowered))
         folder = folder / f"trajectories-{key}"
         self.embeddings, _ = cached_array(folder, "captions", (len(captions), *empty.shape[1:]), embed, "cap")
         self.states, made = cached_array(folder, "states", (len(captions), passes + 1, *shape), draw, "img")
@@ -202,7 +201,6 @@ def some_captions(dataset: CocoCaptions, count: int) -> list[str]:
 
 
 def main(s: Settings):
-    require(len(s.guided) == 2, "--guided must name two timesteps: the lowest and the highest that is guided")
     require(len(s.teacher_steps) == s.passes, "--teacher-steps must name a number of steps for each of --passes")
     accelerator = start_accelerator(s.device, track=s.track, out=s.out)
     dtype = pick_dtype(s.dtype, accelerator.device)
@@ -243,8 +241,8 @@ def main(s: Settings):
     run.log_once(**fitness._asdict())
     captions = some_captions(train_set, s.trajectories)
     trajectories = Trajectories(
-        teacher, captions, cache, accelerator, teacher_steps=s.teacher_steps, guidance=s.learned_guidance, guided=s.guided,
-        side=side, batch_size=s.batch_size, seed=s.seed)
+        teacher, captions, cache, accelerator, teacher_steps=s.teacher_steps, guidance=s.learned_guidance, side=side,
+        batch_size=s.batch_size, seed=s.seed)
     run.log_once(store_seconds=trajectories.seconds)
     if s.eval_every:
         evaluator.teacher_images(s.eval_samples)
