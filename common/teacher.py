@@ -112,9 +112,9 @@ def from_pretrained(kind, name: str, options: dict):
             raise error from None
 
 
-def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
+def load_part(kind, name: str, part: str, what: str = "the teacher", check=None, **options):
     """The model in `<name>/<part>`, or in `name` itself. Every weight must be in its file; where only an fp16 file exists, it
-    is used.
+    is used. A hub id's config is handed to `check(name, config)` before its weights, which may be gigabytes, are downloaded.
 
     Raises SystemExit with one line.
     """
@@ -128,6 +128,9 @@ def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
             options["variant"] = "fp16"
     try:
         with full_disk_is_one_line(Path(HF_HUB_CACHE), "the download goes on where it stopped"):
+            if check and not folder.exists():
+                with torch.device("meta"):
+                    check(name, kind.from_config(kind.load_config(name, subfolder=part)).config)
             model, found = from_pretrained(kind, name, options)
     except Exception as error:  # what a damaged file raises depends on the library that reads it
         if isinstance(error, SystemExit):
@@ -147,11 +150,7 @@ def load_part(kind, name: str, part: str, what: str = "the teacher", **options):
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32, what: str = "the teacher") -> UNet2DConditionModel:
     """The frozen U-Net of a folder or hub id. Raises SystemExit with one line where it is of another family than SD-1.x."""
-    if not Path(name).exists():
-        with contextlib.suppress(Exception), torch.device("meta"):  # `load_part` says what is wrong with it
-            file = UNet2DConditionModel.load_config(name, subfolder="unet")
-            require_plain(name, UNet2DConditionModel.from_config(file).config)  # before gigabytes are downloaded
-    unet = load_part(UNet2DConditionModel, name, "unet", what, dtype=dtype)
+    unet = load_part(UNet2DConditionModel, name, "unet", what, require_plain, dtype=dtype)
     require_plain(name, unet.config)
     return unet
 
