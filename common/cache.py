@@ -163,6 +163,11 @@ def share_of(batch_size: int, share: int, shares: int) -> slice:
     return slice(share * size, (share + 1) * size)
 
 
+def require_even_shares(batch_size: int, processes: int):
+    """Raises SystemExit where the processes cannot share a batch evenly."""
+    require(batch_size % processes == 0, f"--batch-size must be a multiple of {processes}, the number of processes")
+
+
 @functools.lru_cache(maxsize=2)
 def order_of_epoch(epoch: int, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -191,8 +196,7 @@ class TrainingPairs:
         self.usable = np.arange(len(dataset))
         self.row_of = {}  # of each caption that is cached, in `embeddings`
         self.empty = self._encode_captions([""]).float()  # (1, tokens, width)
-        even = batch_size % self.processes == 0
-        require(even, f"--batch-size must be a multiple of {self.processes}, the number of processes")
+        require_even_shares(batch_size, self.processes)
         dataset.require_share(max_broken)
         self._require_a_batch()
         self.folder = None

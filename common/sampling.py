@@ -5,6 +5,8 @@ import time
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from common.settings import require
+
 SAMPLERS = {  # "trailing" spacing starts at the last timestep, which few steps cannot do without (arXiv 2305.08891)
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
@@ -16,6 +18,12 @@ def make_scheduler(sampler: str, noise_scheduler):
     """A sampler on the teacher's noise schedule."""
     kind, options = SAMPLERS[sampler]
     return kind.from_config(noise_scheduler.config, **options)
+
+
+def require_no_extra_step(scheduler, option: str):
+    """Raises SystemExit where the stock pipeline, which makes every step of `scheduler`, would visit timestep -1."""
+    require(-1 not in scheduler.timesteps, f"{option}: diffusers' trailing spacing adds a step at timestep -1, which spoils "
+            "the picture; choose another number")
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -66,8 +74,7 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) uint8 images through the autoencoder and back, on the CPU."""
-    chunks = images.split(images_at_once(*images.shape[2:]))
-    return torch.cat([decode_latents(vae, encode_images(vae, chunk)).cpu() for chunk in chunks])
+    return decode_latents(vae, encode_images(vae, images)).cpu()
 
 
 def guide(noise_pred: torch.Tensor, guidance: float) -> torch.Tensor:

@@ -111,8 +111,7 @@ def main(s: Settings):
         how = how_to_draw(place, sampler=s.sampler, steps=s.steps, guidance=s.guidance)
         pipeline = load(place, how["sampler"], device, dtype, s.tiny_vae)
         pipeline.scheduler.set_timesteps(how["steps"])
-        require(-1 not in pipeline.scheduler.timesteps, f"--steps {how['steps']}: diffusers' trailing spacing adds a step at "
-                "timestep -1, which spoils the picture; choose another number")
+        sampling.require_no_extra_step(pipeline.scheduler, f"--steps {how['steps']}")
         if s.compile:
             pipeline.unet.compile()
         size_px = size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor  # --compare's too

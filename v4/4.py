@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
 
-from common.cache import cache_key, cached_array, rows_of_step, share_of
+from common.cache import cache_key, cached_array, require_even_shares, rows_of_step, share_of
 from common.coco import CocoCaptions
 from common.files import from_root, make_folder, model_place
 from common.fitness import measure_fitness
@@ -35,7 +35,7 @@ from common.mini import caption_scores
 from common.precision import autocast, fastest_kernels, kept_dtype, pick_dtype
 from common.report import check_hub, finish, scores_table, summary
 from common.run import Run
-from common.sampling import ddim_step, denoise, encode_captions, make_scheduler, upload
+from common.sampling import ddim_step, denoise, encode_captions, make_scheduler, require_no_extra_step, upload
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import load_teacher, load_unet
@@ -128,13 +128,11 @@ class Trajectories:
         require(batch_size <= len(captions), f"--batch-size {batch_size} is more than the {len(captions)} captions")
         self.batch_size, self.seed = batch_size, seed
         self.device, self.rank, self.processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-        even = batch_size % self.processes == 0
-        require(even, f"--batch-size must be a multiple of {self.processes}, the number of processes")
+        require_even_shares(batch_size, self.processes)
         self.scheduler = make_scheduler("ddim-trailing", teacher.noise_scheduler)
         self.scheduler.set_timesteps(passes)
         self.timesteps = self.scheduler.timesteps  # (passes,) falling
-        require(-1 not in self.timesteps, f"--passes {passes}: diffusers' trailing spacing adds a step at timestep -1, which "
-                "spoils the picture; choose another number")
+        require_no_extra_step(self.scheduler, f"--passes {passes}")
         alphas = self.scheduler.alphas_cumprod[self.timesteps]
         alphas = torch.cat([alphas, self.scheduler.final_alpha_cumprod.view(1)])
         self.a, self.a_next = alphas[:-1], alphas[1:]  # (passes,) each
