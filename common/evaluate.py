@@ -86,13 +86,13 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
 
 def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int,
                dtype: torch.dtype = torch.float32) -> dict:
-    """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher."""
-    found = {}
+    """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher. A number that
+    is not of 1 to 1,000 whole steps has none."""
+    found, each = {}, 2 if guidance > 1 else 1
     for number in passes:
-        steps = number // (2 if guidance > 1 else 1)
-        if not steps:
+        if number % each or number > 1000 * each:
             continue
-        options = dict(sampler="ddim-trailing", steps=steps, guidance=guidance)
+        options = dict(sampler="ddim-trailing", steps=number // each, guidance=guidance)
         if title == "teacher":
             found[number] = evaluator.teacher_scores(count, **options)
         else:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -308,6 +309,13 @@ def test_a_student_of_learned_guidance_is_drawn_without(small_set, cache, tmp_pa
 def test_linear_against_closed_form():
     linear = script("v2/2.2.py").linear
     assert linear(1.0, 0.5, 0, 11) == 1.0 and linear(1.0, 0.5, 10, 11) == 0.5 and linear(1.0, 0.5, 5, 11) == 0.75
+
+
+def test_only_numbers_of_whole_steps_have_a_score():
+    drawn = mock.Mock()
+    few = script("common/evaluate.py").few_passes(drawn, None, "teacher", (1, 2, 3, 50, 2001, 2002), 3.0, 4)
+    assert list(few) == [2, 50] and [call.kwargs["steps"] for call in drawn.teacher_scores.call_args_list] == [1, 25]
+    assert list(script("common/evaluate.py").few_passes(drawn, None, "student", (1, 3, 1000, 1001), 1.0, 4)) == [1, 3, 1000]
 
 
 @pytest.mark.usefixtures("kept_in_fp32")

@@ -170,6 +170,21 @@ def test_it_goes_on_from_another_student(finished, small_set, cache, tmp_path):
     assert (tmp_path / "more" / "student" / "model_index.json").is_file()
 
 
+@pytest.mark.parametrize("passes, more", [("7", []), ("1002", ["--guidance", "1"])])
+def test_passes_that_the_teacher_cannot_draw_in_are_refused(small_set, cache, tmp_path, passes, more):
+    line = refusal(*command(small_set, cache, tmp_path / "out", "--teacher-passes", passes, *more))
+    assert "--teacher-passes must be" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_log_keeps_both_of_the_teachers_rows_in_as_many_passes(small_set, cache, tmp_path):
+    done = run(*command(small_set, cache, tmp_path / "run", "--teacher-passes", "4", "--eval-every", "0", "--steps", "2"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = lines(tmp_path / "run")[-1]["passes"]
+    assert list(rows)[:2] == ["teacher, 4 passes", "teacher, 4 passes, ddpm"]
+    assert rows["teacher, 4 passes"]["PD(effnet-lite0)"] > 0 == rows["teacher, 4 passes, ddpm"]["PD(effnet-lite0)"]
+
+
 @pytest.mark.slow
 def test_mistakes_get_one_line(small_set, cache, tmp_path):
     assert "each of --passes" in refusal(*command(small_set, cache, tmp_path / "a", "--passes", "3"))

@@ -200,6 +200,9 @@ def some_captions(dataset: CocoCaptions, count: int) -> list[str]:
 
 def main(s: Settings):
     require(len(s.teacher_steps) == s.passes, "--teacher-steps must name a number of steps for each of --passes")
+    each = 2 if s.guidance > 1 else 1  # passes of a step of the teacher's
+    whole = all(passes % each == 0 and passes <= 1000 * each for passes in s.teacher_passes)
+    require(whole, f"--teacher-passes must be of 1 to 1,000 whole steps, which take {each} each at --guidance {s.guidance:g}")
     accelerator = start_accelerator(s.device, track=s.track, out=s.out)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
@@ -246,7 +249,6 @@ def main(s: Settings):
         evaluator.teacher_images(s.eval_samples)
     evaluator.teacher_images(s.final_samples)
     teacher_rows = {}
-    each = 2 if s.guidance > 1 else 1  # passes of a step of the teacher's
     for passes in s.teacher_passes:
         shorter = dict(sampler="ddim-trailing", steps=passes // each)
         teacher_rows[f"teacher, {passes} passes"] = evaluator.teacher_scores(s.final_samples, **shorter)
@@ -284,7 +286,8 @@ def main(s: Settings):
 
     evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **few)
     run.record(s.steps, evaluation)
-    rows = {f"teacher, {each * s.sample_steps} passes": evaluation.teacher_scores}
+    usual = f"teacher, {each * s.sample_steps} passes"
+    rows = {usual + f", {s.sampler}" * (usual in teacher_rows): evaluation.teacher_scores}
     for passes in sorted({*s.also_passes, s.passes}):
         drawn = evaluation
         if passes != s.passes:
