@@ -148,6 +148,8 @@ def main(s: Settings):
         unet = load_unet(place, what="the model").to(accelerator.device)
         ours, theirs = unet.config.in_channels, teacher.unet.config.in_channels
         require(ours == theirs, f"{name} has {ours} latent channels, the teacher's autoencoder decodes {theirs}")
+        ours, theirs = unet.config.cross_attention_dim, teacher.unet.config.cross_attention_dim
+        require(ours == theirs, f"{name} takes captions {ours} wide, the teacher's text encoder gives {theirs}")
         dtype = drawing_dtype(s.dtype, accelerator.device, place)
         own = drawn_with(place)  # a student of few steps or of learned guidance
         evaluation = evaluator.evaluate(unet, count, dtype, **own)

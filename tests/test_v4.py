@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEACHER, lines, process, refusal, run, script
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from common.coco import CocoCaptions
 from common.sampling import ddim_step, sample
-from common.slicing import slice_unet
+from common.slicing import slice_unet, student_config
 from common.teacher import load_unet
 from common.trainer import predict_noise
 
@@ -174,6 +174,16 @@ def test_it_goes_on_from_another_student(finished, small_set, cache, tmp_path):
 def test_passes_that_the_teacher_cannot_draw_in_are_refused(small_set, cache, tmp_path, passes, more):
     line = refusal(*command(small_set, cache, tmp_path / "out", "--teacher-passes", passes, *more))
     assert "--teacher-passes must be" in line and not (tmp_path / "out").exists()
+
+
+def test_a_student_of_another_text_encoders_is_refused(teacher, small_set, cache, tmp_path):
+    config = student_config(teacher.unet, (16,), 1, mid_block=False) | {"cross_attention_dim": 64}
+    UNet2DConditionModel(**config).save_pretrained(tmp_path / "other" / "unet")
+    line = refusal(*command(small_set, cache, tmp_path / "out", "--start", tmp_path / "other"))
+    assert "no student of this teacher's" in line and not (tmp_path / "out").exists()
+    line = refusal("common/evaluate.py", "--mini", "--data", small_set, "--model", tmp_path / "other", "--samples", "8",
+                   "--sample-steps", "2", "--no-bounds", "--cache-folder", cache)
+    assert "takes captions 64 wide, the teacher's text encoder gives 128" in line
 
 
 @pytest.mark.slow

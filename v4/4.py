@@ -220,7 +220,8 @@ def main(s: Settings):
     # the student's start
     if s.start:
         student = load_unet(model_place(s.start), what="the student").requires_grad_(True)
-        require(student.config.in_channels == teacher.unet.config.in_channels, f"{s.start} is no student of this teacher's")
+        same = all(student.config[name] == teacher.unet.config[name] for name in ("in_channels", "cross_attention_dim"))
+        require(same, f"{s.start} is no student of this teacher's")
         student.register_to_config(sample_size=side)
     else:
         config = student_config(teacher.unet, s.channels, s.layers, s.groups, s.mid_block)
