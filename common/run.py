@@ -31,7 +31,7 @@ def read_log(folder: Path) -> list[dict]:
 class Run:
     """The folder `out`. Of several processes only the main one looks at it and writes to it.
 
-    Raises SystemExit where it holds a run already and `resume` is not set, or one of other settings.
+    Raises SystemExit where it holds a run already and `resume` is not set, one of other settings, or a student alone.
     """
 
     def __init__(self, out: str, settings, resume: bool, accelerator):
@@ -44,6 +44,8 @@ class Run:
         self.kernels = {}  # what `common.precision.fastest_kernels` chose
         old = any(self.folder.glob("state-*.pt"))
         require(not old, f"{out} holds a run of this project's first version, which cannot be resumed; choose another --out")
+        finished = (self.folder / "student").exists()  # its checkpoints may have been removed to make room
+        require(self.begun or not finished, f"{out} holds a student, and no checkpoint to go on from; choose another --out")
         if not self.main or not self.begun:
             return
         require(resume, f"{out} holds a run already; go on with --resume, or choose another --out")

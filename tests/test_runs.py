@@ -146,6 +146,14 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, unb
     assert [x["step"] for x in lines(out) if "evaluation" in x] == [8, 12]
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_student_whose_checkpoints_were_removed_is_not_replaced(small_set, cache, tmp_path, more):
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n', "utf-8")
+    line = refusal(*command("v2.1", small_set, cache, tmp_path / "run", *more))
+    assert "holds a student, and no checkpoint" in line and (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to a process")
 def test_ctrl_c_in_this_process_saves_and_leaves_the_handlers_as_they_were(small_set, cache, tmp_path):
     out, before = tmp_path / "stopped", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
