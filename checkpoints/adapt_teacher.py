@@ -184,7 +184,7 @@ def main(s: Settings):
     dtype = pick_dtype(s.dtype, accelerator.device)
     out = Path(s.out)
     run = Run(f"{s.out}-run", s, s.resume, accelerator)
-    require(s.resume or not out.exists(), f"{out} is there already; choose another --out, or remove it")
+    require(run.begun or not out.exists(), f"{out} is there already; choose another --out, or remove it")
 
     # data and teacher
     data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)

@@ -141,6 +141,12 @@ def test_mistakes_get_one_line(adapted, small_set, cache, tmp_path, monkeypatch)
     assert "--resolution must be a multiple of 8" in refusal(*command(small_set, cache, tmp_path / "x", "--resolution", "20"))
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_that_no_run_has_made_is_not_replaced(small_set, cache, tmp_path, more):
+    (tmp_path / "mine").mkdir()
+    assert "is there already" in refusal(*command(small_set, cache, tmp_path / "mine", *more))
+
+
 def test_adapters_that_cannot_be_made_are_one_line_before_anything_is_computed(tmp_path, monkeypatch):
     from peft.tuners.lora import torchao
 
