@@ -170,9 +170,12 @@ def merge(name: str, rank: int, full: bool, trained: Adapted):
 
 
 def adapted_to(teacher) -> int:
-    """The resolution that the teacher's card says it was adapted to; 0 where it says nothing."""
+    """The resolution that the teacher's card says it was adapted to; 0 where it says nothing or cannot be read."""
     card = teacher.folder() / "README.md"
-    tags = ModelCard.load(card).data.tags if card.is_file() else None
+    try:
+        tags = ModelCard.load(card).data.tags if card.is_file() else None
+    except Exception:  # its metadata are no YAML, say
+        tags = None
     found = [tag for tag in tags or [] if tag.startswith("adapted-to-")]
     return int(found[0].removeprefix("adapted-to-").removesuffix("px")) if found else 0
 

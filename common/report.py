@@ -249,7 +249,7 @@ def drawn_with(name: str) -> dict:
     readme = Path(name) / "README.md"
     try:
         said = ModelCard.load(readme if Path(name).exists() else card_on_hub(name)).data.to_dict().get("inference")
-    except (OSError, ValueError):  # no card, or no network
+    except Exception:  # no card, a broken one, no network
         return {}
     parameters = said.get("parameters", {}) if isinstance(said, dict) else {}  # others' cards say `inference: true`
     if "guidance_scale" not in parameters:

@@ -82,6 +82,13 @@ def test_a_hub_without_a_card_gives_the_base_model_only(monkeypatch):
     assert "its licence, which its card does not name" in text
 
 
+@pytest.mark.parametrize("metadata", ["title: mine: the best", "- a list", "tags: [", ""])
+def test_a_card_whose_metadata_cannot_be_read_says_nothing(tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# A teacher\n", "utf-8")
+    assert report.drawn_with(str(tmp_path)) == {} and report.licence_of(str(tmp_path)) is None
+    assert script("checkpoints/adapt_teacher.py").adapted_to(SimpleNamespace(folder=lambda: tmp_path)) == 0
+
+
 def test_a_card_shows_its_pictures(monkeypatch):
     monkeypatch.setattr(report, "licence_of", lambda name: None)
     captions = ['a "cat"', "a dog"]
