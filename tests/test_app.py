@@ -283,7 +283,7 @@ def test_the_guard_sees_what_goes_outside(tmp_path):
 @pytest.mark.slow
 def test_a_space_starts_by_itself(serve, runs, tmp_path):
     done = run("v3/space.py", "--model", runs / "quick", "--out", tmp_path / "space")
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0 and f"cd {tmp_path / 'space'} && python v3/app.py" in done.stdout, done.stderr[-2000:]
     metadata = yaml.safe_load((tmp_path / "space" / "README.md").read_text("utf-8").split("---\n")[1])
     assert metadata["sdk"] == "gradio" and metadata["license"] == "cc-by-sa-4.0"
     requirements = (tmp_path / "space" / "requirements.txt").read_text("utf-8")

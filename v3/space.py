@@ -1,7 +1,7 @@
 """Make a folder that is a Hugging Face Space: the page of v3/app.py with a student and its teacher.
 
     python v3/space.py --model checkpoints/v4-mini --teacher checkpoints/mini-teacher --out space
-    python space/v3/app.py                                # shows here what the Space will show
+    cd space && python v3/app.py                          # shows here what the Space will show
 
 The folder holds all that the page needs, and a README.md whose metadata tells the hub what to start. To send it:
 
@@ -67,7 +67,8 @@ def main(s: Settings):
         lines = ["---", *metadata, "---", "One caption, one noise, several models: `python v3/app.py` starts the page.", ""]
         (partial / "README.md").write_text("\n".join(lines), "utf-8")
         partial.rename(out)
-    print(f"the Space lies in {out}; python {out / 'v3' / 'app.py'} shows it here")
+    # from within, as the page takes a checkpoints/ of the folder that it is started from
+    print(f"the Space lies in {out}; cd {out} && python v3/app.py shows it here")
 
 
 if __name__ == "__main__":
