@@ -110,7 +110,7 @@ def require_limits(settings, limits: dict):
     for name, (low, high) in limits.items():
         value = getattr(settings, name, None)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
-        bounds = f"must lie in {low:g}..{high:g}" if high is not None else f"must be at least {low:g}"
+        bounds = f"must lie in {low:g}..{high:.10g}" if high is not None else f"must be at least {low:g}"
         if low == 1e-12:
             bounds = "must be positive"
         for number in values:

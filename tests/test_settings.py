@@ -2,11 +2,13 @@
 
 import ast
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_apart
 
 from common.run import read_log
+from common.settings import LIMITS, require_limits
 
 SCRIPTS = ("v1/1.py", "v2/2.1.py", "v2/2.2.py", "v3/train_student_kd.py", "v4/4.py")
 FIELD = re.compile(r"^    (\w+): ([^=\n]+) = (.*?)(?:  # (.*))?$", re.M)
@@ -82,6 +84,14 @@ def test_a_log_is_read_as_utf_8_but_for_a_line_that_a_kill_cut_off(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes('{"step": 1, "note": "é 日"}\n{"step": 2, "lo'.encode())
     assert read_log(tmp_path) == [{"step": 1, "note": "é 日"}]
     assert read_log(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("ema_decay", 1.0, "0..0.999999999"), ("seed", 2**32, "0..4294967295"), ("sample_steps", 1000, "1..999"),
+    ("warmup", 1.0, "1e-06..0.999999"), ("val_share", 1.0, "0..0.9")])
+def test_a_value_outside_of_its_limits_is_told_them(name, value, said):
+    with pytest.raises(SystemExit, match=f"--{name.replace('_', '-')} must lie in {re.escape(said)}$"):
+        require_limits(SimpleNamespace(**{name: value}), LIMITS)
 
 
 LOOK = """
