@@ -125,7 +125,7 @@ def main(s: Settings):
     folder = Path(from_root(s.teacher)).is_dir()
     require(folder or not s.ship, "--ship writes beside the teacher's weights: it needs their folder, not a hub id")
     accelerator = start_accelerator(s.device)
-    data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
+    data = draw_mini(ROOT / s.data) if s.mini else Path(from_root(s.data))
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.samples, part=(0, s.val_share))
     train_set = CocoCaptions(data, s.train_split, s.resolution, len(val_set), (s.val_share, 1)) if s.bounds else None
     accelerator.print(f"data: {data}, captions in {val_set.format}")

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import lines, refusal, run, run_apart, script
+from conftest import ROOT, lines, refusal, run, run_apart, script
 from PIL import Image
 
 from common.coco import CocoCaptions
@@ -212,6 +212,12 @@ def test_a_folder_of_no_format_is_one_line_that_names_them_all(tmp_path, path):
     for name in ("COCO", ".txt", "metadata.jsonl", "metadata.csv", "download_coco.py"):
         assert name in line
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("path", [*VERSIONS, "v3/data.py"])
+def test_the_repositorys_own_data_is_found_from_elsewhere(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(path, "--data", "docs").startswith(f"error: {ROOT / 'docs'} holds no captioned pictures")
 
 
 # ---- what is held out ----

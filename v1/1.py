@@ -183,7 +183,7 @@ def main(s: Settings):
     torch.manual_seed(s.seed)
 
     # data and teacher
-    data = draw_mini(ROOT / s.data) if s.mini else Path(s.data)
+    data = draw_mini(ROOT / s.data) if s.mini else Path(from_root(s.data))
     train_set = CocoCaptions(data, s.train_split, s.resolution, part=(s.val_share, 1))
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples, part=(0, s.val_share))
     accelerator.print(f"data: {data}, captions in {val_set.format}")

@@ -24,7 +24,7 @@ from coco_dataset import IMAGE_EXTENSIONS, decode_sample, find_shards, sample_ca
 from tqdm import tqdm
 
 from common.coco import CocoCaptions
-from common.files import full_disk_is_one_line, make_folder, read_text, write_atomically
+from common.files import from_root, full_disk_is_one_line, make_folder, read_text, write_atomically
 from common.settings import parse, require, start
 
 
@@ -46,8 +46,8 @@ class Settings:
 
 def write_shards(s: Settings):
     """One sample a picture: its file as it is, and its captions and id in a .json."""
-    dataset, out = CocoCaptions(s.data, s.split, size_px=64, part=(s.val_share, 1)), Path(s.out)
-    print(f"data: {s.data}, captions in {dataset.format}")
+    dataset, out = CocoCaptions(from_root(s.data), s.split, size_px=64, part=(s.val_share, 1)), Path(s.out)
+    print(f"data: {dataset.root}, captions in {dataset.format}")
     make_folder(out, "--out")
     content = json.dumps({"set": dataset.fingerprint(), "samples": len(dataset), "shard_size": s.shard_size})
     note = out / "shards.json"
