@@ -344,6 +344,10 @@ def test_the_exporter_gets_a_name_as_only_then_it_writes_more_than_2_gib(teacher
 def test_draw_onnx_refuses_in_one_line(tmp_path):
     pytest.importorskip("onnxruntime", reason="pip install -r v3/requirements.txt")
     assert "drawing.json" in refusal("v3/draw_onnx.py", "--model", tmp_path)
+    (tmp_path / "drawing.json").write_text('{"steps": 4, "guidance": 1.0}', "utf-8")
+    for place in (tmp_path / "none" / "a.png", tmp_path / "a", tmp_path / "a.txt"):  # known before it draws
+        assert f"--out {place} must be a picture" in refusal("v3/draw_onnx.py", "--model", tmp_path, "--out", place)
+    assert "--seed" in refusal("v3/draw_onnx.py", "--model", tmp_path, "--seed", "-1", "--out", tmp_path / "a.png")
 
 
 # --- fp16, and what is refused ----------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ def main():
     options = parser.parse_args()
     if not (options.model / "drawing.json").is_file():
         raise SystemExit(f"error: {options.model} is no folder that v3/export.py --onnx wrote (it has no drawing.json)")
+    folder, extension = Path(options.out).absolute().parent, Path(options.out).suffix.lower()
+    if not folder.is_dir() or extension not in Image.registered_extensions():
+        raise SystemExit(f"error: --out {options.out} must be a picture, such as a.png, in a folder that is there")
+    if options.seed < 0:
+        raise SystemExit("error: --seed must be at least 0")
     drawing = json.loads((options.model / "drawing.json").read_text("utf-8"))
     steps, guidance = options.steps or drawing["steps"], options.guidance or drawing["guidance"]
     files = [str(options.model / f"{name}.onnx") for name in ("text_encoder", "unet", "vae_decoder")]
