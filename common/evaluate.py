@@ -8,6 +8,7 @@
 The floor is what training images score against validation images at the same count, the ceiling pure noise.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,8 @@ def main(s: Settings):
         dtype = drawing_dtype(s.dtype, accelerator.device, place)
         own = drawn_with(place)  # a student of few steps or of learned guidance
         evaluation = evaluator.evaluate(unet, count, dtype, **own)
-        run = Path(place).parent if Path(place).name == "student" else Path(place)
+        run = Path(os.path.abspath(place))  # "." and a plain "student" have names too
+        run = run.parent if run.name == "student" else run
         title = f"{run.name} ({len(rows)})" if run.name in rows else run.name
         accelerator.print(f"{title}: {evaluation.how}")
         shown[title], rows[title] = evaluation.images, evaluation.scores

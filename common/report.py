@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import html
+import os
 import re
 import shutil
 import textwrap
@@ -264,7 +265,8 @@ def model_card(title: str, teacher_name: str, val_set, scores: dict, teacher_sco
     only what is known, and a `tag` of its own. `inference`: the pipeline's parameters that it should be drawn with.
     `captions`: of the pictures beside it, which the hub shows as a gallery."""
     on_hub = not Path(teacher_name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher_name)
-    teacher, data, licence = Path(teacher_name).name, val_set.root.name, licence_of(teacher_name)
+    teacher, data = (Path(os.path.abspath(place)).name for place in (teacher_name, val_set.root))  # "." has no name
+    licence = licence_of(teacher_name)
     numbers = {name: round(value, 5) for name, value in scores.items()
                if isinstance(value, float) and value == value and name != "seconds an image"}
     results = [EvalResult(task_type="text-to-image", dataset_type=data, dataset_name=f"{data} ({val_set.split or 'held out'})",

@@ -59,6 +59,14 @@ def test_a_relative_path_is_no_hub_id(monkeypatch, name):
     assert "base_model" not in metadata and metadata["license"] == "cc-by-sa-4.0" and "checkpoints/" not in text
 
 
+def test_a_folder_that_is_named_by_a_dot_has_its_own_name(monkeypatch, tmp_path):
+    (tmp_path / "holiday").mkdir()
+    monkeypatch.chdir(tmp_path / "holiday")
+    metadata, text = card_of(".", ".")
+    assert "made from `holiday` at 32 px on `holiday`." in text
+    assert metadata["model-index"][0]["results"][0]["dataset"] == {"name": "holiday (val)", "type": "holiday"}
+
+
 def test_a_teacher_of_the_hub_is_the_base_model_and_gives_its_licence(monkeypatch):
     asked = []
 
