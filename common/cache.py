@@ -27,6 +27,8 @@ from common.settings import require
 # shipped images anew (checkpoints/mini-teacher/README.md).
 FORMAT = 2
 
+KEEP_EVERY_S = 60  # between notes of how far an array is: what a kill costs
+
 DEPENDS_ON = {  # the teacher's parts that each kind of cached thing is computed with
     "pairs": ("vae", "text_encoder", "tokenizer"),
     "store": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
@@ -96,7 +98,7 @@ def fill(path: Path, record: Path, state: dict, shape: tuple, produce, unit: str
                 state["bad"] += sorted(set(range(start, end)) - set(indices))
                 state["rows"] = end
                 bar.update(end - start)
-                if end // 8192 > start // 8192 and end < shape[0]:
+                if time.perf_counter() - began - state["seconds"] > KEEP_EVERY_S and end < shape[0]:
                     keep()
         except KeyboardInterrupt:
             keep()

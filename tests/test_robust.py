@@ -232,6 +232,23 @@ def test_what_does_not_fit_gives_the_disk_back(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} <= {"lock"}
 
 
+def test_a_kill_while_caching_costs_a_minute(tmp_path, monkeypatch):
+    began, clock = [], iter(range(0, 10_000, 25))  # two rows take less than a minute, three take more
+    monkeypatch.setattr("common.cache.time.perf_counter", lambda: next(clock))
+
+    def produce(start):
+        began.append(start)
+        for i in range(start, 9):
+            if len(began) == 1 and i == 5:
+                raise MemoryError  # like a kill: nothing is noted on the way out
+            yield [i], i + 1, np.full((1, 2), i)
+
+    with pytest.raises(MemoryError):
+        cached_array(tmp_path, "x", (9, 2), produce, "row")
+    found, _ = cached_array(tmp_path, "x", (9, 2), produce, "row")
+    assert began == [0, 3] and found[:, 0].tolist() == list(range(9))
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_caching_is_one_line_and_loses_nothing(tmp_path):
     program = ("import numpy as np; from pathlib import Path; from common.cache import cached_array\n"
