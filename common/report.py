@@ -252,8 +252,8 @@ def drawn_with(name: str) -> dict:
         said = ModelCard.load(readme if Path(name).exists() else card_on_hub(name)).data.to_dict().get("inference")
     except Exception:  # no card, a broken one, no network
         return {}
-    parameters = said.get("parameters", {}) if isinstance(said, dict) else {}  # others' cards say `inference: true`
-    if "guidance_scale" not in parameters:
+    parameters = said.get("parameters") if isinstance(said, dict) else None  # others' cards say `inference: true`
+    if "guidance_scale" not in (parameters or {}):
         return {}
     options, few = {"guidance": parameters["guidance_scale"]}, parameters.get("num_inference_steps")
     return options | ({"sampler": "ddim-trailing", "steps": few} if few else {})

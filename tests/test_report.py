@@ -45,7 +45,7 @@ def test_a_local_teacher_without_a_card_gives_neither_licence_nor_base_model(tmp
     assert str(tmp_path) not in text and "private" not in text and "`my teacher`" in text
 
 
-@pytest.mark.parametrize("said", ["true", "false", "{parameters: {num_inference_steps: 20}}"])
+@pytest.mark.parametrize("said", ["true", "false", "{parameters: }", "{parameters: {num_inference_steps: 20}}"])
 def test_a_card_that_others_wrote_says_nothing_of_how_to_draw(tmp_path, said):
     """As diffusers' own training scripts write it."""
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\ninference: {said}\n---\n", "utf-8")
