@@ -57,6 +57,12 @@ def script(path: str):
     return sys.modules[name]
 
 
+@pytest.fixture
+def v3_in_path(monkeypatch):
+    """For workers that are not forked (macOS, Windows, Python 3.14): they import anew the modules of what they are given."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "v3")])
+
+
 def run(path: str, *arguments) -> SimpleNamespace:
     """`python path arguments` in this process, which has loaded the libraries already: returncode, stdout, stderr.
 

@@ -631,6 +631,7 @@ def batches(shards, workers: int, skip: int, count: int, rank=0, processes=1):
     return [next(loader) for _ in range(count)]
 
 
+@pytest.mark.usefixtures("v3_in_path")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_a_stream_goes_on_at_any_batch_with_any_number_of_workers(many_shards, workers):
@@ -661,6 +662,7 @@ def shard_pairs(shards, teacher, rank=0, processes=1, workers=2):
                                    workers=workers, flip=True)
 
 
+@pytest.mark.usefixtures("v3_in_path")
 def test_pairs_from_shards_resume_bit_for_bit_and_share_one_batchs_noise(many_shards, teacher):
     pairs = shard_pairs(many_shards, teacher)
     unbroken = [pairs.draw(step, 0.3, part=part, parts=2) for step in range(4) for part in range(2)]

@@ -344,6 +344,7 @@ def test_every_sample_goes_to_one_worker_of_one_process(shards, processes, worke
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("v3_in_path")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_skips_goes_on_where_it_was(shards, workers):
     files = coco_dataset.find_shards(str(shards))
