@@ -28,10 +28,15 @@ def read_log(folder: Path) -> list[dict]:
     return lines
 
 
+# What a resumed run may be told anew, since nothing that the student learns hangs on it (on shards the workers: see there).
+MAY_CHANGE = ("device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "log_every", "max_bad_steps")
+
+
 class Run:
     """The folder `out`. Of several processes only the main one looks at it and writes to it.
 
-    Raises SystemExit where it holds a run already and `resume` is not set, one of other settings, or a student alone.
+    Raises SystemExit where it holds a run already and `resume` is not set, one of other settings than `MAY_CHANGE`, or a
+    student alone.
     """
 
     def __init__(self, out: str, settings, resume: bool, accelerator):
@@ -51,7 +56,7 @@ class Run:
         require(resume, f"{out} holds a run already; go on with --resume, or choose another --out")
         before, now = json.loads(read_text(path)), json.loads(json.dumps(self.settings))
         self.kernels = before.get("kernels", {})
-        changed = [name for name, value in now.items() if before.get(name) != value]
+        changed = [name for name, value in now.items() if before.get(name) != value and name not in MAY_CHANGE]
         require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones")
 
     def create(self, data: str, teacher: str, dtype: torch.dtype):
@@ -63,7 +68,7 @@ class Run:
         inputs, path = {"data": data, "teacher": teacher, "dtype": str(dtype)}, self.folder / "inputs.json"
         before = json.loads(read_text(path)) if self.begun and path.is_file() else inputs
         back = f"changed since {self.folder} was started; put it back as it was, or begin anew in another --out"
-        require(before["data"] == data, f"the data (with --shards the number of processes, too) {back}")
+        require(before["data"] == data, f"the data (with --shards the numbers of processes and workers, too) {back}")
         require(before["teacher"] == teacher or before["dtype"] != str(dtype), f"the teacher {back}")
         with full_disk_is_one_line(self.folder, "nothing is lost"):
             write_atomically(path, json.dumps(inputs).encode())

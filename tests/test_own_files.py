@@ -682,6 +682,8 @@ def test_pairs_from_shards_resume_bit_for_bit_and_share_one_batchs_noise(many_sh
     some = shard_pairs(many_shards, teacher, workers=0).draw(0, 1.0, chain=chain)
     assert set(some.timesteps.tolist()) <= {100, 900}
     assert all(torch.equal(states, pairs.empty[0]) for states in some.encoder_hidden_states)
-    assert resumed.fingerprint() == pairs.fingerprint() != shard_pairs(many_shards, teacher, processes=2).fingerprint()
+    assert resumed.fingerprint() == pairs.fingerprint()
+    for other in ({"processes": 2}, {"workers": 3}):  # which other samples then meet in a batch
+        assert shard_pairs(many_shards, teacher, **other).fingerprint() != pairs.fingerprint()
     with pytest.raises(SystemExit, match="8 shards are too few for 3 processes with 3 workers"):
         shard_pairs(many_shards, teacher, 0, 3, workers=3)

@@ -183,9 +183,10 @@ class ShardPairs:
         return f"{len(self.shards):,} shards of training pictures"
 
     def fingerprint(self) -> str:
-        """Of the shards' names, sizes and times and of how many processes share them: a resumed run must find the same."""
+        """Of the shards' names, sizes and times and of how many processes and workers share them: a resumed run must find the
+        same."""
         stamps = [(Path(shard).name, os.stat(shard).st_size, os.stat(shard).st_mtime_ns) for shard in self.shards]
-        return fingerprint(stamps, self.processes)
+        return fingerprint(stamps, self.processes, self.workers)
 
     @torch.no_grad()
     def draw(self, step: int, dropout: float, *, chain: torch.Tensor | None = None, part: int = 0, parts: int = 1) -> Batch:
