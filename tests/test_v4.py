@@ -1,5 +1,7 @@
 """V-4: the teacher's trajectories, what the student is trained to, and the pipeline that comes out."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -70,13 +72,17 @@ def test_a_step_lands_where_the_samplers_does(teacher, tmp_path):
 
 
 @pytest.mark.usefixtures("kept_in_fp32")
-def test_a_teacher_of_as_many_steps_is_its_own_student(teacher, tmp_path):
-    """With guidance 1 and as many steps as passes the teacher's slice, whole, has no loss."""
-    batch = trajectories_of(teacher, tmp_path, teacher_steps=(1, 1), guidance=1.0).draw(3)
+@pytest.mark.parametrize("to_one", [False, True])
+def test_a_teacher_of_as_many_steps_is_its_own_student(teacher, tmp_path, to_one):
+    """With guidance 1 and as many steps as passes the teacher's slice, whole, has no loss, wherever its schedule ends."""
+    teacher, schedule = copy.copy(teacher), teacher.noise_scheduler
+    teacher.noise_scheduler = schedule.from_config({**schedule.config, "set_alpha_to_one": to_one})
+    found = trajectories_of(teacher, tmp_path, teacher_steps=(1, 1), guidance=1.0)
     student = slice_unet(teacher.unet, dict(teacher.unet.config)).eval()
-    with torch.no_grad():
-        noise_pred = predict_noise(student, batch.z, batch)
-    assert (ddim_step(batch.z, noise_pred, batch.a, batch.a_next) - batch.wanted).abs().max() < 0.02
+    for batch in map(found.draw, range(3)):
+        with torch.no_grad():
+            noise_pred = predict_noise(student, batch.z, batch)
+        assert (ddim_step(batch.z, noise_pred, batch.a, batch.a_next) - batch.wanted).abs().max() < 0.02
 
 
 def test_passes_that_the_stock_pipeline_cannot_draw_are_refused(teacher, tmp_path):

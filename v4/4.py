@@ -138,13 +138,14 @@ class Trajectories:
         self.a, self.a_next = alphas[:-1], alphas[1:]  # (passes,) each
         self.unit = ((1 - self.a_next).sqrt() - (self.a_next * (1 - self.a) / self.a).sqrt()).square().mean().item()
         empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""])  # (1, tokens, width)
-        # the path ends at timestep 0's noise, as the student's own DDIM does
-        finer = DPMSolverMultistepScheduler.from_config(teacher.noise_scheduler.config, final_sigmas_type="sigma_min")
+        # the path ends where the student's own DDIM does: at timestep 0's noise, or at none
+        last = "zero" if self.scheduler.config.set_alpha_to_one else "sigma_min"
+        finer = DPMSolverMultistepScheduler.from_config(teacher.noise_scheduler.config, final_sigmas_type=last)
         bounds = [*self.timesteps.tolist(), 0]
         visited = [np.linspace(t, end, count, endpoint=False) for t, end, count in zip(bounds, bounds[1:], teacher_steps)]
         visited[-1] = bounds[-2] * np.linspace(1, 0, teacher_steps[-1], endpoint=False) ** 1.5  # where a coarse step would blur
         visited = np.concatenate(visited).round().astype(int)  # the timesteps of the teacher's path
-        require((np.diff(visited) < 0).all(), "--teacher-steps names more steps than a pass has timesteps")
+        require((np.diff(visited) < 0).all(), "--teacher-steps names more steps than there are timesteps for")
         shape = (4, side, side)
 
         @torch.no_grad()
