@@ -86,16 +86,16 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
 
 
 def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int,
-               dtype: torch.dtype = torch.float32) -> dict:
-    """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher. A number that
-    is not of 1 to 1,000 whole steps has none."""
+               dtype: torch.dtype = torch.float32, keep: Path | None = None) -> dict:
+    """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher, whose images
+    stay in `keep`. A number that is not of 1 to 1,000 whole steps has none."""
     found, each = {}, 2 if guidance > 1 else 1
     for number in passes:
         if number % each or number > 1000 * each:
             continue
         options = dict(sampler="ddim-trailing", steps=number // each, guidance=guidance)
         if title == "teacher":
-            found[number] = evaluator.teacher_scores(count, **options)
+            found[number] = evaluator.teacher_scores(count, keep, **options)
         else:
             found[number] = evaluator.evaluate(unet, count, dtype, **options).scores
     return found
@@ -139,11 +139,11 @@ def main(s: Settings):
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
 
-    count = len(evaluator.captions)
-    shown = {"teacher": evaluator.teacher_images(count, keep=Path(teacher.name) / "evaluation" if s.ship else None)}
+    count, keep = len(evaluator.captions), Path(teacher.name) / "evaluation" if s.ship else None
+    shown = {"teacher": evaluator.teacher_images(count, keep)}
     rows, few = {"teacher": evaluator.teacher_scores(count)}, {}
     if s.passes:
-        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count)
+        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count, keep=keep)
     for name in s.model:
         place = model_place(name)
         unet = load_unet(place, what="the model").to(accelerator.device)

@@ -196,10 +196,10 @@ class Evaluator:
             self._teacher_images[place] = kept["images"], None if shipped else kept["seconds"].item()  # or another machine's
         return self._teacher_images[place][0]
 
-    def teacher_scores(self, count: int, **other) -> dict[str, float]:
-        """The teacher's row of scores, from the cache where it has been scored before. Images drawn by `other` options are
-        compared with the usual ones."""
-        images, usual = self.teacher_images(count, **other), self.teacher_images(count)
+    def teacher_scores(self, count: int, keep: Path | None = None, **other) -> dict[str, float]:
+        """The teacher's row of scores, from the cache where it has been scored before. Images drawn by `other` options, and
+        kept in `keep`, are compared with the usual ones."""
+        images, usual = self.teacher_images(count, keep, **other), self.teacher_images(count)
         count = len(images)
         place = (count, *sorted(other.items()))
         seconds = self._teacher_images[place][1]
