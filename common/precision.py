@@ -60,6 +60,12 @@ def drawing_dtype(name: str, device: torch.device, place: str) -> torch.dtype:
     return pick_dtype(name, device)
 
 
+def leaves_gradients_unwritten(unet) -> bool:
+    """Whether torch on a CPU (2.13, by oneDNN) leaves parts of a bf16 gradient as the memory was, noise or NaN: it does for the
+    weight of a strided convolution over a single position, the last downsampler's where the latents have shrunk to one."""
+    return unet.config.sample_size <= 2 ** (len(unet.config.block_out_channels) - 2)
+
+
 def fastest_kernels(run, student, dtype: torch.dtype, *, auto: bool, steps: int, batch_size: int, tokens: int) -> torch.dtype:
     """The precision of autocast around the `student`: `dtype`, or, with `auto` on a CPU that multiplies bf16, the fastest.
 
@@ -67,7 +73,11 @@ def fastest_kernels(run, student, dtype: torch.dtype, *, auto: bool, steps: int,
     pass is slow in bf16 on CPUs). The fastest whose loss is within 1 % of fp32's is set up, printed and noted in the run's
     settings.json, so that a resumed run follows it; fp32 stays unless another saves 5 %. A run of fewer than 100 steps
     would not earn the timing back and takes `dtype`.
+
+    Raises SystemExit where that is bf16 and the gradients would be wrong.
     """
+    wrong = run.accelerator.device.type == "cpu" and leaves_gradients_unwritten(student)
+    require(not wrong or dtype != torch.bfloat16, "in bf16 a CPU gets wrong gradients of latents this small; take fp32")
     if not auto or steps < 100 or run.accelerator.device.type != "cpu":
         return dtype
     choice = [run.kernels]  # a resumed run's, on whatever CPU it goes on
@@ -94,9 +104,10 @@ def time_kernels(student, batch_size: int, tokens: int) -> dict:
     encoder_hidden_states = torch.randn(batch_size, tokens, config.cross_attention_dim, generator=generator)
     timesteps = torch.randint(1000, (batch_size,), generator=generator)
     kinds = ["fused", "plain"] if side <= 16 else ["fused"]  # plain attention's memory grows with the side's fourth power
+    dtypes = ["fp32"] if leaves_gradients_unwritten(student) else ["fp32", "bf16"]
     usual, seconds, losses = ("fp32", "fused"), {}, {}
     for turn in range(3):
-        for place in [(dtype, kind) for dtype in ("fp32", "bf16") for kind in kinds]:
+        for place in [(dtype, kind) for dtype in dtypes for kind in kinds]:
             dtype, kind = place
             student.set_attn_processor(ATTENTION[kind]())
             student.to(memory_format=strides_for(noisy.device, DTYPES[dtype]))

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_precision import DeviceProducts
 
+from common import precision
 from common.precision import time_kernels
 from common.teacher import load_teacher, load_unet
 
@@ -98,7 +99,7 @@ def test_the_kernels_of_what_is_trained_can_be_timed(full):
     """Torch 2.13 crashes in the backward pass of an adapter beside frozen weights in channels_last."""
     unet = load_unet(str(TEACHER))
     adapt.make_trainable(unet, 2, full)
-    unet.register_to_config(sample_size=4)
+    unet.register_to_config(sample_size=8)
     found = time_kernels(adapt.Adapted(unet), 2, 24)
     assert len(found["seconds"]) == 4 and min(found["seconds"].values()) > 0
 
@@ -164,7 +165,8 @@ def test_adapters_that_cannot_be_made_are_one_line_before_anything_is_computed(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_it_runs_in_low_precision(dtype, adapted, small_set, cache, tmp_path):
+def test_it_runs_in_low_precision(dtype, adapted, small_set, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "leaves_gradients_unwritten", lambda _: False)  # a GPU's products do not
     with DeviceProducts():
         done = run(*command(small_set, cache, tmp_path / "low", "--dtype", dtype, "--half"))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,5 +1,6 @@
 """Precision and attention by measurement: what is timed, what is chosen, and that a resumed run repeats it."""
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ def test_a_resumed_run_takes_the_same_without_timing(monkeypatch, bf16_units, tm
     assert fastest_kernels(again, student, torch.float32, **run_of) == torch.bfloat16
     assert all(isinstance(p, AttnProcessor) for p in student.attn_processors.values())
     assert json.loads((out / "settings.json").read_text())["kernels"] == again.kernels
+
+
+def test_gradients_that_torch_leaves_unwritten_are_made_in_fp32(bf16_units, teacher, tmp_path):
+    """Four levels shrink 4 x 4 latents to one position before the last downsampler, and 8 x 8 ones after it."""
+    unet, tokens = copy.deepcopy(teacher.unet).requires_grad_(True), teacher.tokenizer.model_max_length
+    first = Run(str(tmp_path), Settings(), False, start_accelerator("cpu"))
+    options = dict(auto=False, steps=100, batch_size=2, tokens=tokens)
+    unet.register_to_config(sample_size=8)
+    assert fastest_kernels(first, unet, torch.bfloat16, **options) == torch.bfloat16
+    unet.register_to_config(sample_size=4)
+    with pytest.raises(SystemExit, match="take fp32"):
+        fastest_kernels(first, unet, torch.bfloat16, **options)
+    assert list(time_kernels(unet, 2, tokens)["seconds"]) == ["fp32, fused", "fp32, plain"]
 
 
 def test_a_student_is_drawn_again_as_its_run_drew_it(bf16_units, tmp_path):
