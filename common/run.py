@@ -143,6 +143,7 @@ class Run:
                  seconds=self.seconds_before + self.spent, images_per_s=speed, **memory)
         self.loss_max = None
         shown = {"gpu": f"{memory['gpu_reserved_gib']:.1f} GiB"} if memory else {}
+        shown |= {"skipped": skipped} if skipped else {}  # a share of the steps was a fault once that nobody saw
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}", **shown)
         if in_a_row >= self.max_bad_steps:
             self.reason = (f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are saved. "
