@@ -18,7 +18,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from common.coco import CocoCaptions, images
-from common.files import fingerprint, full_disk_is_one_line, reserve, write_atomically
+from common.files import fingerprint, full_disk_is_one_line, read_kept, reserve, write_atomically
 from common.precision import autocast, kept_dtype
 from common.sampling import encode_captions, encode_images, upload
 from common.settings import require
@@ -64,8 +64,8 @@ def cached_array(folder: Path, name: str, shape: tuple, produce, unit: str, dtyp
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"), full_disk_is_one_line(folder, f"what is cached is kept; {wanted}"):
         state = {"rows": 0, "bad": [], "seconds": 0.0}
-        if record.is_file() and fits(path, shape, dtype):
-            state = json.loads(record.read_text("utf-8"))
+        if fits(path, shape, dtype):
+            state = read_kept(record) or state
         if state["rows"] < shape[0]:
             fill(path, record, state, shape, produce, unit, dtype)
     return np.load(path, mmap_mode="r"), state
@@ -130,7 +130,7 @@ def damaged(folder: Path) -> list[Path]:
     """The finished arrays below `folder` that are not what their checksum says."""
     found = []
     for record in sorted(Path(folder).rglob("*.json")):
-        path, state = record.with_suffix(".npy"), json.loads(record.read_text("utf-8"))
+        path, state = record.with_suffix(".npy"), read_kept(record) or {}
         if "crc32" in state and path.is_file() and checksum(path) != state["crc32"]:
             found.append(path)
     return found

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -45,6 +46,14 @@ def read_text(path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise SystemExit(f"error: {path} is not text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def read_kept(record: Path) -> dict | None:
+    """What a JSON file of the cache holds; None where there is none or a crash has spoilt it: it is then made anew."""
+    try:
+        return json.loads(record.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def fingerprint(*parts) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common.cache import Batch, cache_key
-from common.files import full_disk_is_one_line, write_atomically
+from common.files import full_disk_is_one_line, read_kept, write_atomically
 from common.sampling import encode_captions, encode_images
 from common.trainer import predict_noise
 
@@ -85,8 +85,8 @@ def measure_fitness(teacher, evaluator) -> Fitness:
     indices = evaluator.usable[:PICTURES]
     key = cache_key("fitness", teacher, dataset.fingerprint(), LEVELS, len(indices))
     path = evaluator.folder / f"teacher-fitness-{key}.json"
-    if path.is_file():
-        return Fitness(**json.loads(path.read_text("utf-8")))
+    if kept := read_kept(path):
+        return Fitness(**kept)
     alphas_cumprod = teacher.noise_scheduler.alphas_cumprod.cpu()  # `add_noise` may have moved it to the device
     width = len(alphas_cumprod) / LEVELS
     timesteps = [int(width * (k + 0.5)) for k in range(LEVELS)]

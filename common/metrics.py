@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.cache import cache_key, cached_array
 from common.coco import images as images_of
-from common.files import fingerprint, full_disk_is_one_line, write_atomically
+from common.files import fingerprint, full_disk_is_one_line, read_kept, write_atomically
 from common.mini import EFFNET_INPUT_PX, EffNetLite0
 from common.precision import autocast, kept_dtype
 from common.sampling import reconstruct, sample
@@ -208,11 +208,11 @@ class Evaluator:
             key = cache_key("reconstruction features", self.teacher, images.numpy().tobytes(), usual.numpy().tobytes(),
                             self.network_key, self.dataset.fingerprint(), more)
             path = self.folder / f"teacher-scores-{count}-{key}.json"
-            if not self._everywhere(path):
+            if not self._everywhere(path) or not read_kept(path):
                 scores = self.score(images, usual)
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     write_atomically(path, json.dumps(scores).encode())
-            scores = json.loads(path.read_text("utf-8"))
+            scores = read_kept(path)
             timed = {} if seconds is None else {"seconds an image": seconds}
             self._teacher_scores[place] = {"parameters": self.teacher.parameters, **scores, **timed}
         return self._teacher_scores[place]

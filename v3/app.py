@@ -241,7 +241,7 @@ def main(s: Settings):
         page.launch(server_name=host, server_port=s.port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
                     run_history=False, footer_links=[], theme=theme, css_paths=ROOT / "v3" / "app.css")
     except OSError:
-        require(False, f"port {s.port} is in use; choose another with --port")
+        require(False, f"port {s.port} is in use or not allowed; choose another with --port")
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
 
