@@ -118,8 +118,8 @@ class Trainer:
             plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": batch_size // shares,
                                         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
                                         "gradient_clipping": max_grad_norm}
-        fused = not sharded and accelerator.device.type != "mps"
-        adamw = make_adamw(optimizer, model, lr, weight_decay, fused)
+        self.fused = optimizer == "adamw" and not sharded and accelerator.device.type != "mps"
+        adamw = make_adamw(optimizer, model, lr, weight_decay, self.fused)
         self.scheduler = one_cycle(adamw, lr, warmup, steps)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype == torch.float16 and not plugin)
         self.model, self.optimizer = accelerator.prepare(model, adamw)
@@ -149,7 +149,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.step(adamw)
             self.scaler.update()
-        elif adamw.defaults.get("fused"):  # the fused kernel looks at found_inf itself
+        elif self.fused:  # the fused kernel looks at found_inf itself
             adamw.found_inf = bad
             adamw.step()
         elif not bad:
@@ -208,6 +208,7 @@ class Trainer:
         try:
             state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
             self.accelerator.load_state(str(checkpoint))
+            self._fit_optimizer()
             for name, module in self.also_saved.items():
                 module.load_state_dict(state[name])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -219,6 +220,21 @@ class Trainer:
             return False
         self.done_steps = state["done_steps"]
         return True
+
+    def _fit_optimizer(self):
+        """Give AdamW's state this run's kernel and strides: a checkpoint brings those of the device that wrote it, and a fused
+        kernel takes moments element by element as they lie in memory."""
+        adamw = self.optimizer.optimizer
+        if self.accelerator.distributed_type in SHARDED or not isinstance(adamw, torch.optim.AdamW):
+            return
+        for group in adamw.param_groups:
+            group["fused"] = self.fused
+            for parameter in group["params"]:
+                state = adamw.state[parameter]
+                if state:  # none of a weight that has had no gradient yet
+                    state["step"] = state["step"].to(parameter.device if self.fused else "cpu")
+                for moment in state.keys() & {"exp_avg", "exp_avg_sq"}:
+                    state[moment] = torch.empty_like(parameter).copy_(state[moment])
 
 
 def make_adamw(name: str, model, lr: float, weight_decay: float, fused: bool):

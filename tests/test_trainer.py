@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import trainer as trainer_module
 from common.cache import Batch
-from common.trainer import Trainer, one_cycle, predict_noise, start_accelerator
+from common.trainer import Trainer, make_adamw, one_cycle, predict_noise, start_accelerator
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -199,6 +199,30 @@ def test_a_run_goes_on_in_another_precision(tmp_path, before, after):
     assert again.restore(tmp_path) == 1
     again.step(noise_loss(again, some_batch()))
     assert again.done_steps == 2 and again.bad_steps() == (0, 0)
+
+
+CUDA, MPS = (True, torch.channels_last), (False, torch.contiguous_format)  # whether AdamW is fused; how weights lie in memory
+
+
+@pytest.mark.parametrize("before, after", [(CUDA, MPS), (MPS, CUDA), ((True, torch.contiguous_format), CUDA)], ids=str)
+def test_a_run_goes_on_on_another_device(tmp_path, monkeypatch, before, after):
+    def trainer_on(fused: bool, strides: torch.memory_format) -> Trainer:
+        with monkeypatch.context() as device:
+            device.setattr(trainer_module, "strides_for", lambda *_: strides)
+            device.setattr(trainer_module, "make_adamw", lambda *given: make_adamw(*given[:-1], fused))
+            trainer = trainer_of(tiny_unet())
+        trainer.fused = fused
+        return trainer
+
+    batch, trainer, unbroken = some_batch(), trainer_on(*before), trainer_on(*after)
+    trainer.step(noise_loss(trainer, batch))
+    trainer.save(tmp_path)
+    again = trainer_on(*after)
+    assert again.restore(tmp_path) == 1
+    for one in (unbroken, unbroken, again):
+        one.step(noise_loss(one, batch))
+    for found, want in zip(again.student.parameters(), unbroken.student.parameters(), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
 
 
 def test_checkpoints_that_are_all_broken_are_one_line(tmp_path):
