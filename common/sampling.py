@@ -1,9 +1,10 @@
 """Images from a U-Net: batched, both halves of guidance in one call, caption embeddings made once."""
 
+import inspect
 import time
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from common.settings import require
 
@@ -11,13 +12,17 @@ SAMPLERS = {  # "trailing" spacing starts at the last timestep, which few steps 
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
     "ddim-trailing": (DDIMScheduler, {"timestep_spacing": "trailing"}),
+    "dpm++": (DPMSolverMultistepScheduler, {}),
 }
+SCHEDULE = {*inspect.signature(DDPMScheduler).parameters, "set_alpha_to_one", "_use_default_values"}  # keys of a config
 
 
-def make_scheduler(sampler: str, noise_scheduler):
-    """A sampler on the teacher's noise schedule."""
+def make_scheduler(sampler: str, noise_scheduler, **more):
+    """A sampler on the teacher's noise schedule, with `more` options. Those of the sampler in its folder (Karras sigmas, a
+    stochastic solver), which diffusers keeps beside the schedule, are left out."""
     kind, options = SAMPLERS[sampler]
-    return kind.from_config(noise_scheduler.config, **options)
+    schedule = {key: value for key, value in noise_scheduler.config.items() if key in SCHEDULE}
+    return kind.from_config(schedule, **options, **more)
 
 
 def require_no_extra_step(scheduler, option: str):
@@ -53,7 +58,7 @@ def encode_images(vae, images: torch.Tensor) -> torch.Tensor:
     """Scaled latents (n, 4, h, w) of (n, 3, H, W) uint8: the posterior's mean, so that an epoch repeats."""
     latents = []
     for chunk in images.split(images_at_once(*images.shape[2:])):
-        pixels = chunk.to(vae.device, vae.dtype) / 127.5 - 1
+        pixels = upload(chunk, vae.device).to(vae.dtype) / 127.5 - 1
         latents.append(vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
     return torch.cat(latents)
 

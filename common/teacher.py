@@ -197,6 +197,8 @@ def require_sd1(name: str, unet, vae, text_encoder, tokenizer, scheduler):
     require(found == width, f"the U-Net of {name} takes captions {found} wide, its text encoder gives {width}")
     kind = scheduler.config.prediction_type
     require(kind == "epsilon", f"{name} predicts {kind}; only epsilon teachers (SD-1.x) work")
+    require(scheduler.alphas_cumprod[-1] > 0, f"the noise schedule of {name} ends at noise alone (rescale_betas_zero_snr), "
+            "from which an epsilon teacher cannot tell a picture")
     embeddings = text_encoder.get_input_embeddings().num_embeddings  # some are padded to a multiple of 64
     fits = embeddings - 64 < len(tokenizer) <= embeddings
     require(fits, f"the tokenizer of {name} knows {len(tokenizer):,} tokens, its text encoder {embeddings:,}; files of "

@@ -11,7 +11,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, run
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,6 +33,7 @@ from common.cache import TrainingPairs, cache_key
 from common.coco import CocoCaptions
 from common.metrics import Evaluator
 from common.report import copy_weights, licence_of, model_card
+from common.sampling import make_scheduler
 from common.teacher import load_teacher, load_unet
 
 CPU = torch.device("cpu")
@@ -140,6 +151,7 @@ def test_a_consistency_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("file, values, said", [
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "ends at noise alone"),
     ("unet/config.json", {"use_linear_projection": True}, "unet"),
     ("text_encoder/config.json", {"num_hidden_layers": 3}, "text_encoder lacks"),
 ])
@@ -147,6 +159,28 @@ def test_what_cannot_be_a_stable_diffusion_1_teacher_is_refused(tmp_path, file, 
     folder = copy_teacher(tmp_path / "t")
     edit_json(folder / file, **values)
     assert said in refusal(folder)
+
+
+@pytest.mark.parametrize("kind, options", [
+    (DPMSolverMultistepScheduler, {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    (EulerDiscreteScheduler, {"use_karras_sigmas": True, "timestep_type": "continuous"}),
+    (DEISMultistepScheduler, {}),
+], ids=["dpm++", "euler", "deis"])
+def test_the_sampler_in_a_teachers_folder_does_not_matter(tmp_path, kind, options):
+    """As many a fine-tuned Stable Diffusion comes with one: only its noise schedule is the teacher's."""
+    stock = DDPMScheduler.from_pretrained(FOLDER, subfolder="scheduler")
+    betas = {name: stock.config[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+    kind(**betas, **options).save_pretrained(tmp_path / "scheduler")
+    noise_scheduler = DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler", clip_sample=False, steps_offset=1)
+    found, want = (make_scheduler("dpm++", kept, final_sigmas_type="zero") for kept in (noise_scheduler, stock))
+    for scheduler in (found, want):
+        scheduler.set_timesteps(timesteps=[999, 600, 300, 100])
+    assert torch.equal(found.sigmas, want.sigmas) and torch.equal(found.timesteps, want.timesteps)
+    latents = torch.ones(1, 4, 2, 2)
+    for t in want.timesteps:
+        after = found.step(0.1 * latents, t, latents).prev_sample
+        assert torch.equal(after, want.step(0.1 * latents, t, latents).prev_sample)
+        latents = after
 
 
 def test_a_config_that_is_no_json_is_one_line(tmp_path):

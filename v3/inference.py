@@ -26,12 +26,12 @@ from common.teacher import load_part, load_teacher
 from common.trainer import start_accelerator
 
 # isort: split
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-sampling.SAMPLERS |= {"dpm++": (DPMSolverMultistepScheduler, {}), "euler": (EulerDiscreteScheduler, {})}
+sampling.SAMPLERS |= {"euler": (EulerDiscreteScheduler, {})}
 
 
 @dataclass

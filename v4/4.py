@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler
 
 from common.cache import cache_key, cached_array, require_even_shares, rows_of_step, share_of
 from common.coco import CocoCaptions
@@ -140,7 +139,7 @@ class Trajectories:
         empty = encode_captions(teacher.text_encoder, teacher.tokenizer, [""])  # (1, tokens, width)
         # the path ends where the student's own DDIM does: at timestep 0's noise, or at none
         last = "zero" if self.scheduler.config.set_alpha_to_one else "sigma_min"
-        finer = DPMSolverMultistepScheduler.from_config(teacher.noise_scheduler.config, final_sigmas_type=last)
+        finer = make_scheduler("dpm++", teacher.noise_scheduler, final_sigmas_type=last)
         bounds = [*self.timesteps.tolist(), 0]
         visited = [np.linspace(t, end, count, endpoint=False) for t, end, count in zip(bounds, bounds[1:], teacher_steps)]
         visited[-1] = bounds[-2] * np.linspace(1, 0, teacher_steps[-1], endpoint=False) ** 1.5  # where a coarse step would blur
