@@ -35,8 +35,10 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def strides_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Of a U-Net's weights: channels last, but for bf16 on CPUs, whose GroupNorm takes twice as long with them."""
-    return torch.contiguous_format if device.type == "cpu" and dtype == torch.bfloat16 else torch.channels_last
+    """Of a U-Net's weights: channels last, but for bf16 on CPUs, whose GroupNorm takes twice as long with them, and for MPS,
+    where a convolution's backward pass takes thirty times as long (pytorch issue 193349)."""
+    slow = device.type == "mps" or device.type == "cpu" and dtype == torch.bfloat16
+    return torch.contiguous_format if slow else torch.channels_last
 
 
 def multiplies_bf16(device: torch.device) -> bool:
