@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16",
 
 def write_atomically(path: Path, content: bytes):
     """Write a file so that a reader sees either the old one or the new one, whole."""
-    partial = Path(f"{path}.tmp-{os.getpid()}")
+    partial = Path(f"{path}.tmp-{uuid.uuid4().hex}")  # no process id: two machines can have the same
     try:
         with open(partial, "wb") as file:
             file.write(content)
