@@ -37,7 +37,7 @@ from common.report import SHOWN, model_card, save_student, scores_table
 from common.run import Run
 from common.settings import first_line, parse, require, start
 from common.teacher import load_teacher, load_unet
-from common.trainer import Trainer, due, predict_noise, start_accelerator
+from common.trainer import SHARDED, Trainer, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -149,6 +149,15 @@ def make_trainable(unet, rank: int, full: bool):
             parameter.data = parameter.data.float()
 
 
+@torch.no_grad()
+def undo_rounding(unet, name: str):
+    """Give the weights of the `unet` that are trained their values in the files of `name`, which its precision has rounded."""
+    exact = dict(load_unet(name).named_parameters())
+    for key, parameter in unet.named_parameters():
+        if parameter.requires_grad and key in exact:  # adapters are not
+            parameter.copy_(exact[key])
+
+
 def average_beside(unet) -> Adapted:
     """A second U-Net for the moving average, which shares the frozen weights."""
     copies = {id(p): torch.nn.Parameter(p.detach().clone()) if p.requires_grad else p for p in unet.parameters()}
@@ -182,6 +191,8 @@ def adapted_to(teacher) -> int:
 
 def main(s: Settings):
     accelerator = start_accelerator(s.device, track=s.track, out=f"{s.out}-run")
+    whole = accelerator.distributed_type not in SHARDED
+    require(whole, "FSDP and DeepSpeed cannot adapt a teacher; on several GPUs take accelerate launch --multi_gpu")
     if not s.full:
         require_adapters()
     dtype = pick_dtype(s.dtype, accelerator.device)
@@ -220,6 +231,8 @@ def main(s: Settings):
 
     torch.manual_seed(s.seed)  # of the adapters' start, whatever was cached before
     make_trainable(teacher.unet, s.rank, s.full)
+    if dtype != torch.float32:
+        undo_rounding(teacher.unet, name)
     if not s.full:  # beside frozen weights in channels_last torch 2.13's backward pass of an adapter crashes on CPUs
         teacher.unet.to(memory_format=torch.contiguous_format)
     average, adapted = average_beside(teacher.unet), Adapted(teacher.unet)
@@ -273,6 +286,7 @@ def main(s: Settings):
         print(f"\nThe adapted teacher lies in {out}, samples and curves in {run.folder}. {evaluation.how}:\n")
         print(scores_table({"before": scores_before, "after": evaluation.scores}))
         print(f"\n{fitness.describe(s.resolution, 'it was adapted for too few steps')}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

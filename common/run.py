@@ -136,10 +136,11 @@ class Run:
         tensors = {name: value.detach().float() for name, value in values.items() if isinstance(value, torch.Tensor)}
         means = self.accelerator.reduce(torch.stack(list(tensors.values())), "mean")
         values |= dict(zip(tensors, means.tolist()))
+        loss_max = self.accelerator.gather(self.loss_max.view(1)).max().item()  # of all processes
         skipped, in_a_row = trainer.bad_steps()
         speed = (done - self.first_step) * self.batch_size / self.spent
         memory = self._gpu_memory()
-        self.log(step=done, **values, loss_max=self.loss_max.item(), skipped_steps=skipped,
+        self.log(step=done, **values, loss_max=loss_max, skipped_steps=skipped,
                  seconds=self.seconds_before + self.spent, images_per_s=speed, **memory)
         self.loss_max = None
         shown = {"gpu": f"{memory['gpu_reserved_gib']:.1f} GiB"} if memory else {}
@@ -213,9 +214,9 @@ class Run:
     def leave(self, done: int):
         """End the run before its end. Raises SystemExit."""
         self._end()
+        self.accelerator.end_training()
         if not self.reason.isdigit():
             raise SystemExit(self.reason)
-        self.accelerator.end_training()
         self.accelerator.print(f"stopped at step {done:,}; go on with --resume")
         raise SystemExit(128 + int(self.reason))
 

@@ -95,6 +95,15 @@ def test_what_is_merged_predicts_what_was_trained(full):
 
 
 @pytest.mark.parametrize("full", [False, True])
+def test_the_precision_of_frozen_weights_leaves_no_trace_in_trained_ones(full):
+    unet = load_unet(str(TEACHER), torch.bfloat16)
+    adapt.make_trainable(unet, 2, full)
+    adapt.undo_rounding(unet, str(TEACHER))
+    merged = adapt.merge(str(TEACHER), 2, full, adapt.Adapted(unet)).state_dict()
+    assert all(torch.equal(weight, merged[name]) for name, weight in load_unet(str(TEACHER)).state_dict().items())
+
+
+@pytest.mark.parametrize("full", [False, True])
 def test_the_kernels_of_what_is_trained_can_be_timed(full):
     """Torch 2.13 crashes in the backward pass of an adapter beside frozen weights in channels_last."""
     unet = load_unet(str(TEACHER))
