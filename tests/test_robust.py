@@ -142,8 +142,8 @@ def test_what_only_the_checksum_finds_is_damaged(tmp_path):
     assert damaged(tmp_path) == [path]
 
 
-@pytest.mark.parametrize("damage", ["cut", pytest.param("changed", marks=pytest.mark.slow), "gone", "no record", "spoilt record",
-                                    "other shape"])
+@pytest.mark.parametrize("damage", ["cut", pytest.param("changed", marks=pytest.mark.slow), "gone", "no record",
+                                    "spoilt record", "other shape"])
 def test_a_damaged_cache_is_made_again(tmp_path, damage):
     calls = []
     want = np.array(cached_array(tmp_path, "x", (50, 4), count_up(calls), "row")[0])
