@@ -46,7 +46,7 @@ class Settings:
     resolution: int = 64  # pixels a side
     samples: int = 5_000  # images, at most one a validation picture
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how to draw
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how to draw; where a student's card says how, that is how
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     seed: int = 0  # of the noise
@@ -56,7 +56,7 @@ class Settings:
     bounds: bool = True  # also measure the floor and the ceiling, and the autoencoder
     ship: bool = False  # keep the teacher's images beside its weights, where evaluations look first
     sheet: str = ""  # a PNG to write, with captions and images: a row a model, or 64 of the one that is measured
-    cache_folder: str = "data/cache"  # holds the evaluations' frozen side
+    cache_folder: str = "data/cache"  # seen from the repository: holds the evaluations' frozen side
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
     workers: int = 2  # processes that decode pictures; 0: this one
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
@@ -101,13 +101,22 @@ def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], 
     return found
 
 
+def made_for_another(name: str, unet, teacher, resolution: int) -> str:
+    """A line about a model that draws pictures of another size by itself, "" for others."""
+    own = unet.config.sample_size
+    if own == teacher.latent_side(resolution):
+        return ""
+    return f"note: {name} was made for {own * teacher.vae_factor} px and is measured at {resolution} px (--resolution)\n"
+
+
 def save_curve(path: Path, few: dict[str, dict], score: str):
     """A PNG of one score against the passes, a line a model."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for title, found in few.items():
         style = dict(color="gray", linestyle=":") if title == "teacher" else {}
-        axis.plot(list(found), [scores[score] for scores in found.values()], marker="o", label=title, **style)
+        plain = title.replace("$", r"\$")  # or it is taken for a formula
+        axis.plot(list(found), [scores[score] for scores in found.values()], marker="o", label=plain, **style)
     axis.set(xlabel="U-Net passes a picture", ylabel=label(score), xscale="log", yscale="log")
     ticks = sorted({number for found in few.values() for number in found})
     axis.set_xticks(ticks, map(str, ticks))
@@ -131,7 +140,7 @@ def main(s: Settings):
     train_set = CocoCaptions(data, s.train_split, s.resolution, len(val_set), (s.val_share, 1)) if s.bounds else None
     accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, pick_dtype(s.dtype, accelerator.device))
-    teacher.latent_side(s.resolution)
+    accelerator.print(made_for_another("the teacher", teacher.unet, teacher, s.resolution), end="")
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
     sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
                     batch=s.batch)
@@ -139,7 +148,9 @@ def main(s: Settings):
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
 
-    count, keep = len(evaluator.captions), Path(teacher.name) / "evaluation" if s.ship else None
+    count, keep = len(evaluator.captions), None
+    if s.ship:
+        keep = make_folder(Path(teacher.name) / "evaluation", "--ship")
     shown = {"teacher": evaluator.teacher_images(count, keep)}
     rows, few = {"teacher": evaluator.teacher_scores(count)}, {}
     if s.passes:
@@ -153,6 +164,7 @@ def main(s: Settings):
         require(ours == theirs, f"{name} takes captions {ours} wide, the teacher's text encoder gives {theirs}")
         dtype = drawing_dtype(s.dtype, accelerator.device, place)
         own = drawn_with(place)  # a student of few steps or of learned guidance
+        accelerator.print(made_for_another(name, unet, teacher, s.resolution), end="")
         evaluation = evaluator.evaluate(unet, count, dtype, **own)
         run = Path(os.path.abspath(place))  # "." and a plain "student" have names too
         run = run.parent if run.name == "student" else run
@@ -174,6 +186,8 @@ def main(s: Settings):
             distances[title] = {f"{number}": found[number][score] if number in found else None for number in s.passes}
         accelerator.print(f"\n{label(score)} by passes a picture:\n{table(distances)}")
     if s.curve and accelerator.is_main_process:
+        whole = any(few.values())
+        require(whole, "no curve: a step with guidance takes two passes, so --passes must name an even number")
         save_curve(Path(s.curve), few, score)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import full_disk_is_one_line, make_folder, read_text, write_atomically
+from common.files import full_disk_is_one_line, make_folder, read_kept, read_text, write_atomically
 from common.report import save_curves, save_sheet
 from common.settings import first_line, require
 from common.trainer import due
@@ -28,8 +29,10 @@ def read_log(folder: Path) -> list[dict]:
     return lines
 
 
-# What a resumed run may be told anew, since nothing that the student learns hangs on it (on shards the workers: see there).
-MAY_CHANGE = ("device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "log_every", "max_bad_steps")
+# What a resumed run may be told anew, since nothing that the student learns hangs on it (on shards the workers: see there);
+# of the data the place, as `create` compares what lies there.
+MAY_CHANGE = ("data", "device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "log_every", "max_bad_steps")
+PATIENCE_S = 10  # with a folder's lock, which the workers of a killed run hold for some seconds
 
 
 class Run:
@@ -54,7 +57,8 @@ class Run:
         if not self.main or not self.begun:
             return
         require(resume, f"{out} holds a run already; go on with --resume, or choose another --out")
-        before, now = json.loads(read_text(path)), json.loads(json.dumps(self.settings))
+        before, now = read_kept(path), json.loads(json.dumps(self.settings))
+        require(before, f"{path} is damaged, and without it the run cannot be resumed; begin anew in another --out")
         self.kernels = before.get("kernels", {})
         changed = [name for name, value in now.items() if before.get(name) != value and name not in MAY_CHANGE]
         require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones")
@@ -65,6 +69,11 @@ class Run:
         if not self.main:
             return
         make_folder(self.folder / "samples", "--out")
+        self.lock = FileLock(self.folder / "lock", is_singleton=True)  # held as long as this object lives
+        try:
+            self.lock.acquire(timeout=PATIENCE_S)
+        except Timeout:
+            raise SystemExit(f"error: another run is writing to {self.folder}; choose another --out") from None
         inputs, path = {"data": data, "teacher": teacher, "dtype": str(dtype)}, self.folder / "inputs.json"
         before = json.loads(read_text(path)) if self.begun and path.is_file() else inputs
         back = f"changed since {self.folder} was started; put it back as it was, or begin anew in another --out"
@@ -74,7 +83,8 @@ class Run:
             write_atomically(path, json.dumps(inputs).encode())
         self._write_settings()
         if not self.begun:
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            for left in (self.folder / "metrics.jsonl", self.folder / "curves.png", *self.folder.glob("samples/step_*.png")):
+                left.unlink(missing_ok=True)  # by a run that was stopped before its first checkpoint
 
     def _write_settings(self):
         content = json.dumps(self.settings | ({"kernels": self.kernels} if self.kernels else {}), indent=2).encode()

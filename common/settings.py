@@ -20,7 +20,7 @@ LIMITS = {  # what options of these names take, in every script: from, to (both 
     "task_weight": (0, None), "kd_weight": (0, None), "lr": (1e-12, None), "max_grad_norm": (1e-12, None),
     "warmup": (1e-6, 1 - 1e-6), "ema_decay": (0, 1 - 1e-9), "max_broken": (0, 1), "caption_dropout": (0, 1),
     "dropout_start": (0, 1), "dropout_end": (0, 1), "alpha_start": (0, 1), "alpha_end": (0, 1),
-    "val_share": (0, 0.9),
+    "val_share": (0, 0.9), "rank": (1, None),
 }
 
 

@@ -1,8 +1,10 @@
 """Precision and attention by measurement: what is timed, what is chosen, and that a resumed run repeats it."""
 
 import copy
+import itertools
 import json
 import shutil
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -34,7 +36,7 @@ def clock(monkeypatch, *seconds):
         for took in seconds:
             times += [now, now + took]
             now += took
-    ticks = iter(times)
+    ticks = itertools.chain(times, iter(time.perf_counter, None))
     monkeypatch.setattr(precision.time, "perf_counter", lambda: next(ticks))
 
 

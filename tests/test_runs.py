@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -17,9 +18,11 @@ from conftest import ROOT, TEACHER, lines, refusal, run, run_apart, script
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from common import run as run_module
 from common.cache import Batch
 from common.report import comparable, drawn_with
 from common.sampling import encode_captions
+from common.trainer import start_accelerator
 
 SCRIPTS = {"v1": "v1/1.py", "v2.1": "v2/2.1.py", "v2.2": "v2/2.2.py", "v2.2 store": "v2/2.2.py"}
 OWN = {"v1": ["--mid-block", "--feature-blocks", "down_blocks.0,mid_block,up_blocks.3", "--progressive", "--chains",
@@ -27,6 +30,11 @@ OWN = {"v1": ["--mid-block", "--feature-blocks", "down_blocks.0,mid_block,up_blo
        "v2.1": [], "v2.2": ["--store", "0"], "v2.2 store": ["--store", "3"]}
 SLOW = pytest.mark.slow
 WEIGHTS = "student/unet/diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class OneSetting:
+    seed: int = 0
 
 
 def command(name, small_set, cache, out, *more) -> list[str]:
@@ -68,6 +76,8 @@ def test_outputs_are_complete_and_stock(unbroken):
     assert [x["step"] for x in lines(out) if "evaluation" in x] == [8, 12]
     assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 13))
     assert [x["step"] for x in comparable(lines(out))] == [8]  # the last evaluation has more samples: no point of the curve
+    if os.name == "posix":  # whoever can read one file can read all
+        assert len({path.stat().st_mode & 0o777 for path in (out / "student").rglob("*") if path.is_file()}) == 1
     card = (out / "student" / "README.md").read_text("utf-8")
     assert card.startswith("---\n") and "model-index" in card and "FD(effnet-lite0)" in card
 
@@ -313,6 +323,37 @@ def test_a_student_of_learned_guidance_is_drawn_without(small_set, cache, tmp_pa
         assert all(x["alpha"] == 1 and x["dropout"] == 0 and x["loss"] == x["kd_loss"] for x in train) and len(train) == 12
     assert drawn_with(str(tmp_path / "run" / "student")) == {"guidance": 1.0}
     assert "guidance_scale=1.0" in (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
+
+
+def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path):
+    left = [tmp_path / name for name in ("samples/step_000003.png", "curves.png", "metrics.jsonl")]
+    (tmp_path / "samples").mkdir()
+    for path in left:  # by a run that was killed before its first checkpoint
+        path.touch()
+    monkeypatch.setattr(run_module, "PATIENCE_S", 0.1)
+    program = f"import filelock\nwith filelock.FileLock({str(tmp_path / 'lock')!r}):\n    print(flush=True)\n    input()"
+    other = start("-c", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    new = run_module.Run(str(tmp_path), OneSetting(), False, start_accelerator("cpu"))
+    with pytest.raises(SystemExit, match="^error: another run is writing to"):
+        new.create("data", "teacher", torch.float32)
+    assert all(path.exists() for path in left)
+    other.communicate(b"\n")
+    new.create("data", "teacher", torch.float32)
+    assert not any(path.exists() for path in left)
+
+
+def test_an_evaluation_says_where_a_model_was_made_for_another_size(teacher):
+    evaluate = script("common/evaluate.py")
+    assert evaluate.made_for_another("the teacher", teacher.unet, teacher, 32) == ""
+    said = evaluate.made_for_another("the teacher", teacher.unet, teacher, 16)
+    assert said == "note: the teacher was made for 32 px and is measured at 16 px (--resolution)\n"
+
+
+def test_a_curve_takes_any_name(tmp_path):
+    few = {"teacher": {2: {"FD": 9.0}, 4: {"FD": 3.0}}, "a$x^$b": {2: {"FD": 5.0}}}
+    script("common/evaluate.py").save_curve(tmp_path / "curve.png", few, "FD")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
 def test_linear_against_closed_form():
