@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard
 
 from common.cache import TrainingPairs
 from common.coco import CocoCaptions
@@ -33,7 +32,7 @@ from common.fitness import measure_fitness
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.precision import fastest_kernels, pick_dtype
-from common.report import SHOWN, model_card, save_student, scores_table
+from common.report import SHOWN, card_of, model_card, save_student, scores_table
 from common.run import Run
 from common.settings import first_line, parse, require, start
 from common.teacher import load_teacher, load_unet
@@ -81,7 +80,7 @@ class Settings:
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen weights and of autocast
     cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
-    cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
+    cache_folder: str = "data/cache"  # seen from the repository: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
     workers: int = 2  # processes that decode pictures for the cache; 0: this one
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
@@ -180,24 +179,20 @@ def merge(name: str, rank: int, full: bool, trained: Adapted):
 
 def adapted_to(teacher) -> int:
     """The resolution that the teacher's card says it was adapted to; 0 where it says nothing or cannot be read."""
-    card = teacher.folder() / "README.md"
-    try:
-        tags = ModelCard.load(card).data.tags if card.is_file() else None
-    except Exception:  # its metadata are no YAML, say
-        tags = None
-    found = [tag for tag in tags or [] if tag.startswith("adapted-to-")]
+    tags = card_of(str(teacher.folder())).get("tags") or []
+    found = [tag for tag in map(str, tags) if tag.startswith("adapted-to-")]
     return int(found[0].removeprefix("adapted-to-").removesuffix("px")) if found else 0
 
 
 def main(s: Settings):
-    accelerator = start_accelerator(s.device, track=s.track, out=f"{s.out}-run")
+    out = Path(s.out)
+    accelerator = start_accelerator(s.device, track=s.track, out=f"{out}-run")
     whole = accelerator.distributed_type not in SHARDED
     require(whole, "FSDP and DeepSpeed cannot adapt a teacher; on several GPUs take accelerate launch --multi_gpu")
     if not s.full:
         require_adapters()
     dtype = pick_dtype(s.dtype, accelerator.device)
-    out = Path(s.out)
-    run = Run(f"{s.out}-run", s, s.resume, accelerator)
+    run = Run(f"{out}-run", s, s.resume, accelerator)
     require(run.begun or not out.exists(), f"{out} is there already; choose another --out, or remove it")
 
     # data and teacher
@@ -285,7 +280,8 @@ def main(s: Settings):
             shutil.copy(reader, out)
         print(f"\nThe adapted teacher lies in {out}, samples and curves in {run.folder}. {evaluation.how}:\n")
         print(scores_table({"before": scores_before, "after": evaluation.scores}))
-        print(f"\n{fitness.describe(s.resolution, 'it was adapted for too few steps')}")
+        more = "Give it more of them: --steps and another --out"
+        print(f"\n{fitness.describe(s.resolution, 'it was adapted for too few steps', more)}")
     accelerator.end_training()
 
 

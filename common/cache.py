@@ -3,10 +3,10 @@
     python -m common.cache data/cache       # read every cached file whole and remove what is damaged
 """
 
+import argparse
 import functools
 import json
 import math
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -18,7 +18,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from common.coco import CocoCaptions, images
-from common.files import fingerprint, full_disk_is_one_line, read_kept, reserve, write_atomically
+from common.files import fingerprint, full_disk_is_one_line, read_kept, read_tensors, reserve, write_atomically
 from common.precision import autocast, kept_dtype
 from common.sampling import encode_captions, encode_images, upload
 from common.settings import require
@@ -127,9 +127,9 @@ def checksum(path: Path) -> int:
 
 
 def damaged(folder: Path) -> list[Path]:
-    """The finished arrays below `folder` that are not what their checksum says."""
-    found = []
-    for record in sorted(Path(folder).rglob("*.json")):
+    """The finished arrays below `folder` that are not what their checksum says, and pictures that cannot be read."""
+    found = [path for path in sorted(folder.rglob("*.safetensors")) if read_tensors(path) is None]
+    for record in sorted(folder.rglob("*.json")):
         path, state = record.with_suffix(".npy"), read_kept(record) or {}
         if "crc32" in state and path.is_file() and checksum(path) != state["crc32"]:
             found.append(path)
@@ -387,9 +387,13 @@ class TeacherStore:
 
 
 if __name__ == "__main__":
-    broken = damaged(Path(sys.argv[1] if len(sys.argv) > 1 else "data/cache"))
+    parser = argparse.ArgumentParser(description="Read every cached file whole and remove what is damaged.")
+    parser.add_argument("folder", type=Path, nargs="?", default="data/cache", help="the cache (default data/cache)")
+    cache_folder = parser.parse_args().folder
+    require(cache_folder.is_dir(), f"there is no folder {cache_folder}")
+    broken = damaged(cache_folder)
     for path in broken:
         print(f"{path} is damaged: removed, the next run makes it again")
         path.unlink()
-        path.with_suffix(".json").unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)
     print(f"{len(broken)} damaged files")

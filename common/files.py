@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -57,6 +58,14 @@ def read_kept(record: Path) -> dict | None:
         return None
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
+    """The same of a .safetensors file of the cache."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
 def fingerprint(*parts) -> str:
     """A short hash of modules (their weights), paths (file contents) and plain values."""
     digest = hashlib.blake2b(digest_size=12)
@@ -74,12 +83,22 @@ def fingerprint(*parts) -> str:
 
 
 def make_folder(folder: Path, option: str) -> Path:
-    """Make it and what lies above it, and return it. Raises SystemExit where that cannot be."""
+    """Make it and what lies above it, and return it. Raises SystemExit where that cannot be, or it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: {option}: {folder} cannot be made ({error.strerror}); choose another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(f"error: {option}: {folder} cannot be written to; choose another folder")
     return folder
+
+
+def share(folder: Path):
+    """Give all files in it the usual rights: safetensors writes such as their owner alone can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager
@@ -88,8 +107,8 @@ def full_disk_is_one_line(folder: Path, kept: str, remove: Path | None = None):
     first."""
     try:
         yield
-    except Exception as error:
-        full = is_disk_full(error, folder)
+    except BaseException as error:  # a mistake that was told in one line, and Ctrl-C, leave nothing half made either
+        full = isinstance(error, Exception) and is_disk_full(error, folder)
         if remove is not None:
             shutil.rmtree(remove, ignore_errors=True)
         if not full:

@@ -48,18 +48,20 @@ class Fitness(NamedTuple):
                 "ratio": [f"{x:.2f}" if x < 100 else f"{x:.0f}" for x in self.ratio]}
         return "\n".join(name.ljust(18) + "".join(value.rjust(7) for value in values) for name, values in rows.items())
 
-    def warning(self, resolution: int, effect: str) -> str:
-        """One sentence for a teacher that does not know its job at `resolution` px, "" for one that does."""
+    def warning(self, resolution: int, effect: str, cure: str = "") -> str:
+        """For a teacher that does not know its job at `resolution` px what that does, and the `cure`: to adapt it, unless
+        another is given. "" for one that does."""
         if not self.unfit():
             return ""
         where = ", ".join(map(str, self.unfit()))
+        cure = cure or (f"Adapt it first: python checkpoints/adapt_teacher.py --resolution {resolution} --out FOLDER, with "
+                        "this run's --mini, --teacher and --data")
         return (f"warning: at {resolution} px this teacher knows hardly more than a blind guess at timesteps {where}; "
-                f"{effect}. Adapt it first: python checkpoints/adapt_teacher.py --resolution {resolution} --out FOLDER, with "
-                "this run's --mini, --teacher and --data")
+                f"{effect}. {cure}")
 
-    def describe(self, resolution: int, effect: str) -> str:
+    def describe(self, resolution: int, effect: str, cure: str = "") -> str:
         """The table, and the warning where one is due."""
-        return "\n".join(filter(None, [self.table(), self.warning(resolution, effect)]))
+        return "\n".join(filter(None, [self.table(), self.warning(resolution, effect, cure)]))
 
 
 def blind_error(alphas_cumprod: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

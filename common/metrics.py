@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.cache import cache_key, cached_array
 from common.coco import images as images_of
-from common.files import fingerprint, full_disk_is_one_line, read_kept, write_atomically
+from common.files import fingerprint, full_disk_is_one_line, read_kept, read_tensors, write_atomically
 from common.mini import EFFNET_INPUT_PX, EffNetLite0
 from common.precision import autocast, kept_dtype
 from common.sampling import reconstruct, sample
@@ -112,6 +112,11 @@ class Evaluation(NamedTuple):
     how: str  # the images were drawn, in words
 
 
+def everywhere(kept) -> bool:
+    """Whether every process has found what is kept: they must all go the same way."""
+    return all(gather_object([kept is not None]))
+
+
 class Evaluator:
     """Scores images drawn for the first validation captions against the validation set and the teacher.
 
@@ -167,10 +172,6 @@ class Evaluator:
             self._reference[kind] = torch.from_numpy(array[self.usable])
         return self._reference[kind][:count]
 
-    def _everywhere(self, path: Path) -> bool:
-        """Whether every process finds the file: they must all go the same way."""
-        return all(gather_object([path.is_file()]))
-
     def teacher_images(self, count: int, keep: Path | None = None, **other) -> torch.Tensor:
         """What the teacher draws for the first `count` captions: made once, and looked for beside its weights
         (`<teacher>/evaluation/`), then in the cache folder, or in `keep`, where it is then written. The teacher's U-Net is
@@ -180,19 +181,18 @@ class Evaluator:
         if place not in self._teacher_images:
             captions, sampling = self.captions[:count], self.sampling | other
             name = f"teacher-{count}-{cache_key('teacher images', self.teacher, captions, sorted(sampling.items()))}"
-            path = Path(self.teacher.name) / "evaluation" / f"{name}.safetensors"
-            shipped = path.is_file()
-            if not shipped:
-                dtype = torch.float32 if keep else kept_dtype(self.teacher.vae)  # what is shipped is as exact as the weights
-                suffix = "-bf16" if dtype == torch.bfloat16 else ""
-                path = Path(keep or self.folder) / f"{name}{suffix}.safetensors"
-            if not self._everywhere(path):
+            shipped = read_tensors(Path(self.teacher.name) / "evaluation" / f"{name}.safetensors")
+            dtype = torch.float32 if keep else kept_dtype(self.teacher.vae)  # what is shipped is as exact as the weights
+            suffix = "-bf16" if dtype == torch.bfloat16 else ""
+            path = Path(keep or self.folder) / f"{name}{suffix}.safetensors"
+            kept = shipped or read_tensors(path)
+            if not everywhere(kept):
                 images, seconds = self._draw(self.teacher.unet, captions, "teacher's images", dtype, **other)
                 content = save({"images": images.contiguous(), "seconds": torch.tensor([seconds], dtype=torch.float64)})
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(path, content)
-            kept = load_file(path)
+                kept = load_file(path)
             self._teacher_images[place] = kept["images"], None if shipped else kept["seconds"].item()  # or another machine's
         return self._teacher_images[place][0]
 
@@ -208,7 +208,7 @@ class Evaluator:
             key = cache_key("reconstruction features", self.teacher, images.numpy().tobytes(), usual.numpy().tobytes(),
                             self.network_key, self.dataset.fingerprint(), more)
             path = self.folder / f"teacher-scores-{count}-{key}.json"
-            if not self._everywhere(path) or not read_kept(path):
+            if not everywhere(read_kept(path)):
                 scores = self.score(images, usual)
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     write_atomically(path, json.dumps(scores).encode())

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from common.files import full_disk_is_one_line
+from common.files import full_disk_is_one_line, share
 from common.settings import first_line, require
 
 CELL_PX, LABEL_PX, MARGIN_PX = 112, 46, 64  # of a sheet: an image with its margin, the caption below, a row's name
@@ -169,6 +169,7 @@ def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None, i
         for part in ("vae", "text_encoder", "tokenizer"):
             require((source / part).is_dir(), f"the teacher's {source / part} is gone; put it back and go on with --resume")
             copy_weights(source / part, partial / part)
+        share(partial)
         card.save(partial / "README.md")
         for i, image in enumerate([] if images is None else images[:SHOWN]):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -231,11 +232,15 @@ def copy_weights(source: Path, target: Path):
 
 def licence_of(name: str) -> str | None:
     """What the card of a teacher, a folder or a hub id, says of its licence; None where it says nothing."""
-    readme = Path(name) / "README.md"
+    return card_of(name).get("license")
+
+
+def card_of(name: str) -> dict:
+    """The metadata of a model's card, a folder's or a hub id's; {} where there is no card, a broken one, or no network."""
     try:
-        return ModelCard.load(readme if Path(name).is_dir() else name).data.license
-    except Exception:  # no card, a broken one, no network
-        return None
+        return ModelCard.load(Path(name) / "README.md" if Path(name).exists() else card_on_hub(name)).data.to_dict()
+    except Exception:
+        return {}
 
 
 @functools.cache
@@ -247,11 +252,7 @@ def card_on_hub(name: str) -> Path:
 def drawn_with(name: str) -> dict:
     """The options of `common.sampling.sample` that the card of a saved student, a folder or a hub id, names: {} for one that
     needs none of its own."""
-    readme = Path(name) / "README.md"
-    try:
-        said = ModelCard.load(readme if Path(name).exists() else card_on_hub(name)).data.to_dict().get("inference")
-    except Exception:  # no card, a broken one, no network
-        return {}
+    said = card_of(name).get("inference")
     parameters = said.get("parameters") if isinstance(said, dict) else None  # others' cards say `inference: true`
     if "guidance_scale" not in (parameters or {}):
         return {}

@@ -30,7 +30,7 @@ def command(small_set, cache, out, *more) -> list[str]:
 def adapted(small_set, cache, tmp_path_factory):
     """(the folder, what was printed) of a short adaptation."""
     out = tmp_path_factory.mktemp("adapted") / "teacher"
-    done = run(*command(small_set, cache, out))
+    done = run(*command(small_set, cache, f"{out}/"))  # the run's folder lies beside it all the same
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done.stdout
 

@@ -64,17 +64,19 @@ def runs(teacher, tmp_path_factory):
 
 
 def test_finished_runs_and_teachers_are_found_the_newest_first(tmp_path):
-    places = ["teacher", "old/student", "compare/v2-0/student", "writing/student.partial"]
+    places = ["teacher", "old/student", "compare/v2-0/student", "exported", "writing/student.partial"]
     for age, place in enumerate(places):
         (tmp_path / place).mkdir(parents=True)
         index = tmp_path / place / "model_index.json"
         index.write_text("{}", "utf-8")
         os.utime(index, (age, age))
     (tmp_path / "begun" / "samples").mkdir(parents=True)
+    (tmp_path / "exported" / "README.md").write_text("---\ntags: [stable-diffusion, distillation]\n---\n", "utf-8")
+    (tmp_path / "teacher" / "README.md").write_text("---\ntags: [stable-diffusion, adapted-to-16px]\n---\n", "utf-8")
     teachers, students = app.find_models(tmp_path)
     assert teachers == [str(tmp_path / "teacher")]
-    assert students == [str(tmp_path / "compare" / "v2-0" / "student"), str(tmp_path / "old" / "student")]
-    assert [app.name_of(place) for place in [*teachers, *students]] == ["teacher", "v2-0", "old"]
+    assert students == [str(tmp_path / place) for place in ("exported", "compare/v2-0/student", "old/student")]
+    assert [app.name_of(place) for place in [*teachers, *students]] == ["teacher", "exported", "v2-0", "old"]
     assert app.find_models(tmp_path / "nowhere") == ([], [])
 
 
@@ -157,7 +159,7 @@ def test_a_figure_says_what_it_is_and_runs_nothing_that_was_typed():
 
 
 def test_mistakes_get_one_line(tmp_path):
-    assert "no diffusers pipeline folder" in refusal("v3/app.py", "--model", tmp_path / "nowhere", "--device", "cpu")
+    assert "is not there" in refusal("v3/app.py", "--model", tmp_path / "nowhere", "--device", "cpu")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -39,6 +39,7 @@ def test_knowledge_is_what_the_error_lacks_of_the_yardstick():
     assert all(f"--{name}" in fitness.warning(64, "so") for name in ("out FOLDER", "mini", "teacher", "data"))
     assert Fitness([100], [float("nan")], [0.6]).unfit() == [100]  # a broken teacher knows nothing
     assert Fitness([100], [0.1], [0.6]).warning(64, "so") == ""
+    assert fitness.warning(64, "so", "Wait.").endswith("timesteps 300; so. Wait.")
 
 
 @pytest.fixture(scope="module")

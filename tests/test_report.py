@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TEACHER, run, script
-from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -67,24 +66,25 @@ def test_a_folder_that_is_named_by_a_dot_has_its_own_name(monkeypatch, tmp_path)
     assert metadata["model-index"][0]["results"][0]["dataset"] == {"name": "holiday (val)", "type": "holiday"}
 
 
-def test_a_teacher_of_the_hub_is_the_base_model_and_gives_its_licence(monkeypatch):
-    asked = []
+def test_a_teacher_of_the_hub_is_the_base_model_and_gives_its_licence(monkeypatch, tmp_path):
+    asked, readme = [], tmp_path / "README.md"
+    readme.write_text("---\nlicense: creativeml-openrail-m\n---\n", "utf-8")
 
-    def load(name):
+    def fetch(name):
         asked.append(name)
-        return ModelCard("---\nlicense: creativeml-openrail-m\n---\n")
+        return readme
 
-    monkeypatch.setattr(report.ModelCard, "load", load)
+    monkeypatch.setattr(report, "card_on_hub", fetch)
     metadata, text = card_of("somebody/sd", "data/coco2017")
     assert metadata["base_model"] == "somebody/sd" and metadata["license"] == "creativeml-openrail-m"
     assert asked == ["somebody/sd"] and "creativeml-openrail-m" in text
 
 
 def test_a_hub_without_a_card_gives_the_base_model_only(monkeypatch):
-    def load(name):
+    def fetch(name):
         raise OSError("no network")
 
-    monkeypatch.setattr(report.ModelCard, "load", load)
+    monkeypatch.setattr(report, "card_on_hub", fetch)
     metadata, text = card_of("somebody/sd", "data/coco2017")
     assert metadata["base_model"] == "somebody/sd" and "license" not in metadata
     assert "its licence, which its card does not name" in text

@@ -10,14 +10,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, process, run_apart
+from conftest import ROOT, process, refusal, run, run_apart
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from common import cache
 from common.cache import TrainingPairs, cached_array, damaged
 from common.coco import CocoCaptions
+from common.files import read_tensors
 from common.images import load_image
 from common.teacher import load_teacher
 
@@ -140,6 +142,18 @@ def test_what_only_the_checksum_finds_is_damaged(tmp_path):
     assert damaged(tmp_path) == []
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert damaged(tmp_path) == [path]
+
+
+def test_pictures_in_the_cache_that_cannot_be_read_are_damaged(tmp_path):
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    save_file({"images": torch.ones(2, 3)}, whole)
+    cut.write_bytes(whole.read_bytes()[:-4])
+    assert torch.equal(read_tensors(whole)["images"], torch.ones(2, 3))
+    assert read_tensors(cut) is None and read_tensors(tmp_path / "none.safetensors") is None
+    assert damaged(tmp_path) == [cut]
+    done = run("common/cache.py", tmp_path)
+    assert done.returncode == 0 and "1 damaged files" in done.stdout and not cut.exists() and whole.exists()
+    assert refusal("common/cache.py", tmp_path / "other") == f"error: there is no folder {tmp_path / 'other'}"
 
 
 @pytest.mark.parametrize("damage", ["cut", pytest.param("changed", marks=pytest.mark.slow), "gone", "no record",

@@ -27,6 +27,7 @@ from inference import how_to_draw
 
 from common.files import from_root, model_place
 from common.precision import pick_dtype
+from common.report import card_of
 from common.sampling import SAMPLERS, decode_latents, denoise, encode_captions, make_scheduler
 from common.settings import parse, require, start
 from common.teacher import Teacher, load_teacher
@@ -62,12 +63,16 @@ NEWEST = {}  # session: its newest request, for which older ones stop
 
 
 def find_models(folder: Path) -> tuple[list[str], list[str]]:
-    """The teachers (pipeline folders) and the finished students of runs, anywhere in `folder`, the newest first."""
+    """The teachers and the students among the pipeline folders anywhere in `folder`, the newest first: a student is one of a
+    run, or, as exported, what its card says."""
     indices = [path for path in folder.glob("**/model_index.json") if path.parent.suffix != ".partial"]
     indices.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    places = [path.parent for path in indices]
-    teachers = [str(place) for place in places if place.name != "student"]
-    return teachers, [str(place) for place in places if place.name == "student"]
+    teachers, students = [], []
+    for path in indices:
+        place = path.parent
+        distilled = place.name == "student" or "distillation" in (card_of(str(place)).get("tags") or ())
+        (students if distilled else teachers).append(str(place))
+    return teachers, students
 
 
 def name_of(place: str) -> str:

@@ -57,7 +57,7 @@ def main(s: Settings):
             target = partial / "checkpoints" / title / ("student" if number else "")  # by which the page tells them
             for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
                 copy_weights(place / part, target / part)
-            for file in filter(Path.is_file, (place / "model_index.json", place / "README.md")):
+            for file in filter(Path.is_file, (place / "model_index.json", place / "README.md", *place.glob("sample-*.png"))):
                 shutil.copy(file, target / file.name)
             licences.add(licence_of(str(place)))
         metadata = [
