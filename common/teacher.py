@@ -121,6 +121,7 @@ def load_part(kind, name: str, part: str, what: str = "the teacher", check=None,
     options |= dict(subfolder=part, use_safetensors=True, output_loading_info=True)
     folder = Path(name)
     if folder.exists() or name.startswith((".", "/", "checkpoints")):
+        require(folder.exists(), f"{what}: {name} is not there")
         lacking = f"diffusers pipeline folder (it has no {part}/)" if part else "folder"
         require((folder / part).is_dir(), f"{name} is no {lacking}")
         plain = [f for f in (folder / part).glob("*.safetensors*") if ".fp16." not in f.name]

@@ -91,7 +91,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--base", default=BASE, help="the server")
     parser.add_argument("--keep-archives", action="store_true", help="do not delete the zips after unpacking")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.base.startswith(("http://", "https://")):
+        raise SystemExit("error: --base must begin with http:// or https://")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --out {args.out} cannot be made ({error.strerror}); choose another folder") from None
     for name, md5 in ARCHIVES.items():
         done = args.out / f".{Path(name).stem}.done"
         if done.is_file():

@@ -234,9 +234,14 @@ def draw_mini(root: Path = ROOT) -> Path:
     Raises SystemExit where `root` holds something else.
     """
     root = Path(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
+    done = root / "done.json"
+    if done.is_file() and json.loads(done.read_text())["version"] == VERSION:
+        return root  # which may be a folder that cannot be written to
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: {root.parent} cannot be made ({error.strerror}); choose another folder") from None
     with FileLock(root.with_name(f"{root.name}.lock")):  # of two runs that start at once the second waits
-        done = root / "done.json"
         if not done.is_file() and root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise SystemExit(f"error: {root} holds something else; choose another folder for the drawn set")
         if not done.is_file() or json.loads(done.read_text())["version"] != VERSION:

@@ -374,7 +374,7 @@ def test_a_tiny_autoencoder_decodes_what_the_pipeline_drew(tmp_path):
     found = pil_to_tensor(Image.open(tmp_path / "out" / "00000.png"))
     assert (found - want).abs().max() <= 1
     AutoencoderTiny().save_pretrained(tmp_path / "taesd")  # its factor is 8
-    for wrong, why in ((tmp_path / "taesd", "latents of another shape"), (tmp_path / "none", "is no folder")):
+    for wrong, why in ((tmp_path / "taesd", "latents of another shape"), (tmp_path / "none", "is not there")):
         done = infer("--prompt", "a cat", "--tiny-vae", wrong, "--out", tmp_path / "out")
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 1 and last.startswith("error: ") and why in last

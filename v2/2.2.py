@@ -90,7 +90,7 @@ class Settings:
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen parts and of autocast around the student
     compile: bool = False  # torch.compile the student: pays on long runs only; on a CPU it takes a C++ compiler
     cache: bool = True  # keep latents and caption embeddings; --no-cache --store 0 encodes them at every step
-    cache_folder: str = "data/cache"  # where: it serves all runs, and holds the evaluations' frozen side too
+    cache_folder: str = "data/cache"  # seen from the repository: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
     workers: int = 2  # processes that decode pictures for the cache; 0: this one
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable

@@ -28,7 +28,7 @@ def main():
     if not (options.model / "drawing.json").is_file():
         raise SystemExit(f"error: {options.model} is no folder that v3/export.py --onnx wrote (it has no drawing.json)")
     folder, extension = Path(options.out).absolute().parent, Path(options.out).suffix.lower()
-    if not folder.is_dir() or extension not in Image.registered_extensions():
+    if not folder.is_dir() or Image.registered_extensions().get(extension) not in Image.SAVE:
         raise SystemExit(f"error: --out {options.out} must be a picture, such as a.png, in a folder that is there")
     if options.seed < 0:
         raise SystemExit("error: --seed must be at least 0")

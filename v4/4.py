@@ -54,7 +54,7 @@ class Settings:
     out: str = "checkpoints/v4"  # the run's folder
     resume: bool = False  # go on with the run in --out
     # the student
-    start: str = ""  # a student's folder or run to go on from; empty: the teacher's slice
+    start: str = ""  # a student's folder or run to go on from, in its shape; empty: the teacher's slice
     channels: tuple[int, ...] = (320, 352)  # widths of the levels that stay, outermost first (SD-1.5's are 320,640,1280,1280)
     layers: int = 2  # resnets in a down block
     mid_block: bool = False  # keep the block below the innermost level
@@ -87,7 +87,7 @@ class Settings:
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the frozen parts and of autocast around the student
     compile: bool = False  # torch.compile the student: pays on long runs only; on a CPU it takes a C++ compiler
-    cache_folder: str = "data/cache"  # where trajectories and the evaluations' frozen side are kept: it serves all runs
+    cache_folder: str = "data/cache"  # seen from the repository: trajectories, the evaluations' frozen side, for all runs
     workers: int = 2  # processes that decode pictures for the evaluation; 0: this one
     max_broken: float = 0.05  # share of the pictures that may be missing, without caption or undecodable
     max_bad_steps: int = 20  # steps in a row without finite gradients that end the run
