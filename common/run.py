@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import full_disk_is_one_line, make_folder, read_kept, read_text, write_atomically
+from common.files import full_disk_is_one_line, make_folder, read_text, write_atomically
 from common.report import save_curves, save_sheet
 from common.settings import first_line, require
 from common.trainer import due
@@ -57,8 +57,10 @@ class Run:
         if not self.main or not self.begun:
             return
         require(resume, f"{out} holds a run already; go on with --resume, or choose another --out")
-        before, now = read_kept(path), json.loads(json.dumps(self.settings))
-        require(before, f"{path} is damaged, and without it the run cannot be resumed; begin anew in another --out")
+        try:
+            before, now = json.loads(read_text(path)), json.loads(json.dumps(self.settings))
+        except ValueError:
+            raise SystemExit(f"error: {path} is damaged, so the run cannot be resumed; begin anew in another --out") from None
         self.kernels = before.get("kernels", {})
         changed = [name for name, value in now.items() if before.get(name) != value and name not in MAY_CHANGE]
         require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones")

@@ -230,11 +230,10 @@ class Trainer:
         for group in adamw.param_groups:
             group["fused"] = self.fused
             for parameter in group["params"]:
-                state = adamw.state[parameter]
-                if state:  # none of a weight that has had no gradient yet
+                if state := adamw.state.get(parameter):  # none of a weight that has had no gradient yet
                     state["step"] = state["step"].to(parameter.device if self.fused else "cpu")
-                for moment in state.keys() & {"exp_avg", "exp_avg_sq"}:
-                    state[moment] = torch.empty_like(parameter).copy_(state[moment])
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        state[moment] = torch.empty_like(parameter).copy_(state[moment])
 
 
 def make_adamw(name: str, model, lr: float, weight_decay: float, fused: bool):

@@ -343,6 +343,13 @@ def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path):
     assert not any(path.exists() for path in left)
 
 
+def test_settings_that_a_crash_has_spoilt_are_one_line(tmp_path):
+    (tmp_path / "checkpoint-00000001").mkdir()
+    (tmp_path / "settings.json").write_bytes(bytes(20))
+    with pytest.raises(SystemExit, match="^error: .*settings.json is damaged"):
+        run_module.Run(str(tmp_path), OneSetting(), True, start_accelerator("cpu"))
+
+
 def test_an_evaluation_says_where_a_model_was_made_for_another_size(teacher):
     evaluate = script("common/evaluate.py")
     assert evaluate.made_for_another("the teacher", teacher.unet, teacher, 32) == ""
