@@ -120,7 +120,8 @@ class Measurement:
             make_folder=lambda folder, _: folder, summary=mock.Mock(), finish=mock.Mock(),
             Trajectories=lambda *_, **__: self.trajectories(), some_captions=mock.Mock(), scores_table=mock.Mock(),  # V-4's
             # the teacher's adaptation
-            adapted_to=lambda _: 0, merge=lambda *_: self.merged(), save_student=mock.Mock(), model_card=mock.Mock())
+            adapted_to=lambda _: 0, undo_rounding=mock.Mock(), merge=lambda *_: self.merged(), save_student=mock.Mock(),
+            model_card=mock.Mock())
 
     def merged(self):
         return UNet2DConditionModel(**self.teacher.unet_config).eval().requires_grad_(False)

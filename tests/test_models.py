@@ -112,7 +112,8 @@ def test_no_more_pixels_are_encoded_at_once_than_250_pictures_of_64_px_have():
         counts.append(len(pixels))
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels[:, :, ::8, ::8]))
 
-    vae = SimpleNamespace(device="cpu", dtype=torch.float32, encode=encode, config=SimpleNamespace(scaling_factor=2.0))
+    vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, encode=encode,
+                          config=SimpleNamespace(scaling_factor=2.0))
     for count, side, wanted in ((7, 512, [3, 3, 1]), (128, 64, [128])):
         counts.clear()
         images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
