@@ -101,12 +101,12 @@ def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], 
     return found
 
 
-def made_for_another(name: str, unet, teacher, resolution: int) -> str:
-    """A line about a model that draws pictures of another size by itself, "" for others."""
+def note_other_size(accelerator, name: str, unet, teacher, resolution: int):
+    """Print a line about a model that draws pictures of another size by itself."""
     own = unet.config.sample_size
-    if own == teacher.latent_side(resolution):
-        return ""
-    return f"note: {name} was made for {own * teacher.vae_factor} px and is measured at {resolution} px (--resolution)\n"
+    if own != teacher.latent_side(resolution):
+        made_for_px = own * teacher.vae_factor
+        accelerator.print(f"note: {name} was made for {made_for_px} px and is measured at {resolution} px (--resolution)")
 
 
 def save_curve(path: Path, few: dict[str, dict], score: str):
@@ -140,7 +140,7 @@ def main(s: Settings):
     train_set = CocoCaptions(data, s.train_split, s.resolution, len(val_set), (s.val_share, 1)) if s.bounds else None
     accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, pick_dtype(s.dtype, accelerator.device))
-    accelerator.print(made_for_another("the teacher", teacher.unet, teacher, s.resolution), end="")
+    note_other_size(accelerator, "the teacher", teacher.unet, teacher, s.resolution)
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")
     sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance=s.guidance, seed=s.seed, size_px=s.resolution,
                     batch=s.batch)
@@ -148,6 +148,7 @@ def main(s: Settings):
     evaluator = Evaluator(s.features, val_set, teacher, cache, accelerator, sampling, max_broken=s.max_broken,
                           workers=s.workers, more_scores=more_scores)
 
+    score = evaluator.fd_name + " to reconstructions"
     count, keep = len(evaluator.captions), None
     if s.ship:
         keep = make_folder(Path(teacher.name) / "evaluation", "--ship")
@@ -164,12 +165,12 @@ def main(s: Settings):
         require(ours == theirs, f"{name} takes captions {ours} wide, the teacher's text encoder gives {theirs}")
         dtype = drawing_dtype(s.dtype, accelerator.device, place)
         own = drawn_with(place)  # a student of few steps or of learned guidance
-        accelerator.print(made_for_another(name, unet, teacher, s.resolution), end="")
+        note_other_size(accelerator, name, unet, teacher, s.resolution)
         evaluation = evaluator.evaluate(unet, count, dtype, **own)
         run = Path(os.path.abspath(place))  # "." and a plain "student" have names too
         run = run.parent if run.name == "student" else run
         title = f"{run.name} ({len(rows)})" if run.name in rows else run.name
-        accelerator.print(f"{title}: {evaluation.how}")
+        accelerator.print(f"{title}: {evaluation.how}; {label(score)} {evaluation.scores[score]:.4g}")
         shown[title], rows[title] = evaluation.images, evaluation.scores
         if s.passes:
             few[title] = few_passes(evaluator, unet, title, s.passes, own.get("guidance", s.guidance), count, dtype)
@@ -180,7 +181,6 @@ def main(s: Settings):
         rows |= measure_bounds(evaluator, train_set, val_set, teacher.vae, s.seed, s.workers)
     accelerator.print(f"teacher: {evaluator.how(count)}\n\n{scores_table(rows)}")
     if s.passes:
-        score = evaluator.fd_name + " to reconstructions"
         distances = {}
         for title, found in few.items():
             distances[title] = {f"{number}": found[number][score] if number in found else None for number in s.passes}

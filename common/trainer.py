@@ -18,12 +18,14 @@ from common.settings import first_line, require
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out: str | None = None) -> Accelerator:
+def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out: str | None = None,
+                      compile: bool = False) -> Accelerator:
     """Accelerate on `device`: auto (CUDA, then MPS, then the CPU), cuda, cuda:N, mps or cpu; `accelerate config` is not needed.
 
     It is told of no precision: `common.precision` and `Trainer.autocast` see to that on every device alike. (DeepSpeed
     lowers the weights by itself and must know.) `track` names the package that `Run.log` also logs to, `out` the run's
-    folder. Raises SystemExit where the named device or package is not there or the launch cannot work.
+    folder. With `compile` something small is compiled, before hours of caching show that nothing can be. Raises SystemExit
+    where the named device or package is not there, nothing compiles or the launch cannot work.
     """
     tracked = track == "none" or importlib.util.find_spec(track) is not None
     require(tracked, f"--track {track} needs its package: pip install {track}")
@@ -59,6 +61,11 @@ def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out
         require(fsdp.fsdp_version == 2, "with FSDP the fsdp_version must be 2 (v3/configs/fsdp.yaml)")
         fsdp.mixed_precision_policy = None  # autocast lowers the precision, as elsewhere
     require(kind != DistributedType.MEGATRON_LM, "Megatron-LM is not supported")
+    if compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(1, device=accelerator.device))
+        except RuntimeError as error:
+            raise SystemExit(f"error: --compile does not work here: {first_line(error)}") from None
     return accelerator
 
 

@@ -350,11 +350,10 @@ def test_settings_that_a_crash_has_spoilt_are_one_line(tmp_path):
         run_module.Run(str(tmp_path), OneSetting(), True, start_accelerator("cpu"))
 
 
-def test_an_evaluation_says_where_a_model_was_made_for_another_size(teacher):
-    evaluate = script("common/evaluate.py")
-    assert evaluate.made_for_another("the teacher", teacher.unet, teacher, 32) == ""
-    said = evaluate.made_for_another("the teacher", teacher.unet, teacher, 16)
-    assert said == "note: the teacher was made for 32 px and is measured at 16 px (--resolution)\n"
+def test_an_evaluation_says_where_a_model_was_made_for_another_size(teacher, capsys):
+    for px in (32, 16):
+        script("common/evaluate.py").note_other_size(start_accelerator("cpu"), "the teacher", teacher.unet, teacher, px)
+    assert capsys.readouterr().out == "note: the teacher was made for 32 px and is measured at 16 px (--resolution)\n"
 
 
 def test_a_curve_takes_any_name(tmp_path):

@@ -1,10 +1,12 @@
 """Trainer: the moving average, the learning rate, steps that are left out, checkpoints; and that nothing waits."""
 
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_apart
 from diffusers import UNet2DConditionModel
 from pretend_device import WAITS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +53,15 @@ def test_the_named_gpu_is_the_current_one(monkeypatch):
         with pytest.raises(SystemExit, match="started"):
             start_accelerator(device)
     assert current == ["cuda:1"]
+
+
+def test_a_machine_that_cannot_compile_is_one_line_at_the_start(tmp_path):
+    out = tmp_path / "run"
+    done = run_apart("v2/2.1.py", "--mini", "--compile", "--device", "cpu", "--out", out,
+                     env=os.environ | {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 1 and not out.exists()
+    assert done.stderr.splitlines()[-1].startswith("error: --compile does not work here: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_ema_against_its_closed_form():

@@ -177,7 +177,7 @@ def main(s: Settings):
             "--chains 1000,200,100,50,25")
     shares = len(s.stage_percent) == len(s.chains) and min(s.stage_percent) > 0
     require(shares, "--stage-percent must give each of --chains a share")
-    accelerator = start_accelerator(s.device, track=s.track, out=s.out)
+    accelerator = start_accelerator(s.device, track=s.track, out=s.out, compile=s.compile)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
     torch.manual_seed(s.seed)

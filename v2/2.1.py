@@ -101,7 +101,7 @@ MINI = dict(  # the student is the teacher's outermost level, whole
 
 
 def main(s: Settings):
-    accelerator = start_accelerator(s.device, track=s.track, out=s.out)
+    accelerator = start_accelerator(s.device, track=s.track, out=s.out, compile=s.compile)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
     torch.manual_seed(s.seed)

@@ -127,7 +127,7 @@ def ask(unet, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float) 
 
 def main(s: Settings):
     require(s.cache or not s.store, "--store needs the cache: leave out --no-cache, or take fresh draws with --store 0")
-    accelerator = start_accelerator(s.device, track=s.track, out=s.out)
+    accelerator = start_accelerator(s.device, track=s.track, out=s.out, compile=s.compile)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
     torch.manual_seed(s.seed)

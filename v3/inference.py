@@ -102,7 +102,7 @@ def main(s: Settings):
     lines = read_text(Path(s.prompts)).splitlines() if s.prompts else [s.prompt]
     prompts = [line.strip() for line in lines if line.strip()]
     require(prompts, f"{s.prompts or '--prompt'} has no prompt")
-    device = start_accelerator(s.device).device
+    device = start_accelerator(s.device, compile=s.compile).device
     dtype = pick_dtype(s.dtype, device)
     out = make_folder(Path(s.out), "--out")
     rows, size_px = [], s.size_px

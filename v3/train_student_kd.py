@@ -124,7 +124,7 @@ def main(s: Settings):
             "be 0")
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
-    accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, s.track, s.out)
+    accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, s.track, s.out, s.compile)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "no" and not s.mixed_precision and not accelerator.state.deepspeed_plugin:
         precision = "auto"  # the launcher says "no" also where it was told nothing

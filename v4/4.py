@@ -203,7 +203,7 @@ def main(s: Settings):
     each = 2 if s.guidance > 1 else 1  # passes of a step of the teacher's
     whole = all(passes % each == 0 and passes <= 1000 * each for passes in s.teacher_passes)
     require(whole, f"--teacher-passes must be of 1 to 1,000 whole steps, which take {each} each at --guidance {s.guidance:g}")
-    accelerator = start_accelerator(s.device, track=s.track, out=s.out)
+    accelerator = start_accelerator(s.device, track=s.track, out=s.out, compile=s.compile)
     dtype = pick_dtype(s.dtype, accelerator.device)
     run = Run(s.out, s, s.resume, accelerator)
     torch.manual_seed(s.seed)
