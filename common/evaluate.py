@@ -5,7 +5,8 @@
     python -m common.evaluate --model checkpoints/v2.2/student                # a student of SD-1.5's, FID on COCO
     python -m common.evaluate --mini --model checkpoints/v2.2-mini,checkpoints/v4-mini --passes 2,4,8,16,50   # in few passes
 
-The floor is what training images score against validation images at the same count, the ceiling pure noise.
+The floor is what training images score against validation images at the same count, through the autoencoder for distances to
+reconstructions; the ceiling is pure noise.
 """
 
 import os
@@ -77,12 +78,13 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     real = some_images(val_set, workers)
+    training = some_images(train_set, workers)[: len(real)]
     psnr_db = peak_signal_noise_ratio(reconstruct(vae, real).float(), real.float(), data_range=255.0)
     print(f"autoencoder: {psnr_db:.2f} dB PSNR over {len(real):,} validation images")
     evaluator.more_scores = None  # these images have other captions, or none
     noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    floor = evaluator.score(some_images(train_set, workers)[: len(real)])
-    return {"floor: training images": floor, "ceiling: noise": evaluator.score(noise)}
+    rows = {"floor: training images": training, "the same, reconstructed": reconstruct(vae, training), "ceiling: noise": noise}
+    return {name: evaluator.score(pixels) for name, pixels in rows.items()}
 
 
 def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int,

@@ -65,7 +65,7 @@ def unbroken(request, small_set, cache, tmp_path_factory):
 
 
 def test_outputs_are_complete_and_stock(unbroken):
-    _, out, printed = unbroken
+    name, out, printed = unbroken
     assert "FD* to reconstructions" in printed and "* of EfficientNet-lite0's features, not Inception's" in printed
     assert "teacher" in printed and "FID" not in printed
     table = printed.split(":\n\n")[-1].splitlines()
@@ -73,6 +73,8 @@ def test_outputs_are_complete_and_stock(unbroken):
     assert (out / "curves.png").is_file() and (out / "samples" / "step_000012.png").is_file()
     pipeline = StableDiffusionPipeline.from_pretrained(out / "student", safety_checker=None)
     assert pipeline.unet.config.sample_size == 8
+    sampler = "DDIM" if name == "v1" else "DDPM"  # what progressive distillation learns are DDIM's steps
+    assert type(pipeline.scheduler).__name__ == f"{sampler}Scheduler" and f"3 {sampler} steps" in printed
     assert [x["step"] for x in lines(out) if "evaluation" in x] == [8, 12]
     assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 13))
     assert [x["step"] for x in comparable(lines(out))] == [8]  # the last evaluation has more samples: no point of the curve
@@ -385,7 +387,8 @@ def test_a_student_and_its_teacher_are_measured_beside_their_bounds(small_set, c
     assert "6 samples, 2 DDPM steps, guidance 3" in done.stdout
     table = done.stdout.split("\n\n")[1].splitlines()
     head = [line.split() for line in table[:3]]
-    assert head == [["floor:"], ["training", "ceiling:"], ["teacher", "mini-teacher", "images", "noise"]]
+    assert head == [["floor:"], ["training", "the", "same,", "ceiling:"],
+                    ["teacher", "mini-teacher", "images", "reconstructed", "noise"]]
     few = [line.split() for line in done.stdout.rstrip().splitlines()[-3:]]
     assert few[0] == ["1", "4"] and [line[:2] for line in few[1:]] == [["teacher", "-"], ["mini-teacher", "-"]]  # two a step
     assert float(few[1][2]) == pytest.approx(float(few[2][2]), rel=0.01) and (tmp_path / "curve.png").is_file()

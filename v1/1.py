@@ -9,7 +9,8 @@ only the timesteps are left that a 25-step sampler visits. The loss on a noisy l
 f_k being the output of block k, caught by a forward hook, s_k its root mean square in the teacher, and P_k a
 `ConvProjection` (common/features.py), trained with the student and dropped in the end. The student's start and every
 P_k come from one map of the student's channels into the teacher's. With `--progressive` the shortened stages learn by
-progressive distillation instead: one student step does what two steps of the chain before did.
+progressive distillation instead: one DDIM step of the student does what two of the chain before did.
+With `--weigh-teacher`, the default, the features of a level count as far as the teacher knows more there than a blind guess.
 """
 
 import copy
@@ -34,7 +35,7 @@ from common.mini import caption_scores
 from common.precision import fastest_kernels, pick_dtype
 from common.report import check_hub, finish, summary
 from common.run import Run
-from common.sampling import ddim_step
+from common.sampling import ddim_step, make_scheduler
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import DDPMScheduler, UNet2DConditionModel, load_teacher
@@ -81,7 +82,7 @@ class Settings:
     feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1.attentions.1", "up_blocks.0", "up_blocks.1")
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim; of --progressive, which learns its steps, always ddim
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -236,11 +237,12 @@ def main(s: Settings):
     trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
                       also_saved=also_saved)
+    own = {"sampler": "ddim"} if s.progressive else {}  # how the student draws, where that is not the teacher's way
     first_step = trainer.restore(run.folder) if s.resume else 0
     run.begin("V-1", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **own))
 
         stage = max(k for k, first in enumerate(starts) if first <= step)
         chain, length = chains[stage], s.chains[stage]
@@ -279,11 +281,11 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **own)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, val_set,
-               warning=warning, push_to_hub=s.push_to_hub)
+               warning=warning, scheduler=make_scheduler("ddim", noise_scheduler) if own else None, push_to_hub=s.push_to_hub)
     accelerator.end_training()
 
 

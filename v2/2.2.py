@@ -7,7 +7,7 @@ The student starts as a slice of the teacher. Its loss on a noisy latent x_t = s
     alpha MSE(student(x_t), target) + (1 - alpha) MSE(student(x_t), noise),
 alpha falling linearly from 1 to 0.5 over training. The target is the teacher's prediction as far as the teacher, at this
 noise level and resolution, knows more than a blind guess, which is measured first, and for the rest the noise. Captions are
-dropped more and more often (with a store of K draws, in K steps), which teaches the unconditional half of classifier-free
+dropped more and more often (a store of K draws has K rates), which teaches the unconditional half of classifier-free
 guidance. Latents and caption embeddings (as many as `--cache-gb` holds) are computed once, before training, and so are the
 teacher's predictions, for `--store` K fixed draws of every picture: its U-Net does not run in training.
 
@@ -73,7 +73,7 @@ class Settings:
     learned_guidance: float = 1.0  # guidance scale of the teacher's predictions; above 1 it is drawn without
     weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
-    dropout_end: float = 0.2  # and at the last one, linear in between (with --store K it rises in K equal jumps)
+    dropout_end: float = 0.2  # and at the last one, linear in between (--store K has K rates, and --store 1 their mean)
     store: int = 4  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation

@@ -5,10 +5,10 @@
     accelerate launch v3/train_student_kd.py --shards data/shards   # WebDataset shards in place of COCO
 
 The loss is BK-SDM's (arXiv 2305.15798): task_weight MSE(student, noise) + kd_weight MSE(student, teacher)
-+ feature_weight mean_k |P_k f_k^student - f_k^teacher|^2 / rms(f_k^teacher)^2 over the blocks' outputs f_k, which
-forward hooks catch; P_k is a 1 x 1 projection where the student's channels were sliced.
-Step i draws its global batch from (seed, i), and each process takes its share of it: the number of processes changes
-nothing but the speed. With --shards it also changes which pictures meet in a batch, as each process reads shards of its own.
++ feature_weight mean_k |P_k f_k^student - f_k^teacher|^2 / rms(f_k^teacher)^2 over the blocks' outputs f_k, P_k a 1 x 1
+projection where channels were sliced. The teacher counts as far as it knows more than a blind guess (`--weigh-teacher`). Step i
+draws its global batch from (seed, i), each process takes its share: their number changes nothing but the speed. With --shards
+it also changes which pictures meet in a batch, as each process reads shards of its own.
 """
 
 import importlib.util
