@@ -124,7 +124,8 @@ class CocoCaptions(torch.utils.data.Dataset):
 
 def images(dataset: CocoCaptions, batch: int, workers: int = 0, start: int = 0):
     """Yield ((n, 3, size, size) uint8, their indices, the index after the batch) in order from `start`; undecodable pictures
-    are left out."""
+    are left out. `batch` is at most that of 6 MB, as workers hand over several in a container's 64 MB of shared memory."""
+    batch = max(1, min(batch, 2**21 // dataset.size_px**2))
     rest = torch.utils.data.Subset(dataset, range(start, len(dataset)))
     loader = torch.utils.data.DataLoader(rest, batch_size=batch, num_workers=workers, collate_fn=_stack)
     for count, good, stacked in loader:

@@ -8,14 +8,16 @@ import json
 import os
 import shutil
 import sys
+import time
 import uuid
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+PATIENCE_S = 10  # with what another program holds: a file on Windows, a run's folder for some seconds after a kill
 
 
 def write_atomically(path: Path, content: bytes):
@@ -26,9 +28,33 @@ def write_atomically(path: Path, content: bytes):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, final: Path):
+    """Rename what is whole, a file or a folder, and let go of what had the name `final` before.
+
+    Windows refuses as long as another program, a virus scanner say, holds a file of either open: there it is tried for
+    PATIENCE_S. Raises SystemExit where that does not help; the `partial` stays.
+    """
+    if final.is_dir():  # no system replaces one at a stroke
+        old = final.with_name(f"{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(final, old)
+        put_in_place(partial, final)
+        return shutil.rmtree(old, ignore_errors=True)
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return os.replace(partial, final)
+        except PermissionError as error:
+            if not hasattr(error, "winerror"):  # elsewhere it is what it says
+                raise
+            if time.monotonic() > until:
+                raise SystemExit(f"error: {final} is held open by another program; close it and run again") from None
+        time.sleep(0.1)
 
 
 def read_text(path: Path) -> str:
@@ -59,9 +85,9 @@ def read_kept(record: Path) -> dict | None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
-    """The same of a .safetensors file of the cache."""
+    """The same of a .safetensors file of the cache. Read, not mapped, as Windows replaces no file that is."""
     try:
-        return load_file(path)
+        return load(path.read_bytes())
     except (OSError, SafetensorError):
         return None
 
@@ -98,7 +124,8 @@ def share(folder: Path):
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
+        with contextlib.suppress(OSError):  # of a share that has no rights of this kind
+            path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from common.files import full_disk_is_one_line, share
+from common.files import full_disk_is_one_line, put_in_place, share
 from common.settings import first_line, require
 
 CELL_PX, LABEL_PX, MARGIN_PX = 112, 46, 64  # of a sheet: an image with its margin, the caption below, a row's name
+UNLOADED = ("*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "*.onnx*", "*.ckpt")  # files of a pipeline that are left out
 SHOWN = 4  # pictures beside a model card
 NO_METRIC = ("parameters", "samples", "seconds an image")  # of an evaluation's scores
 ENOUGH = {"FID": 2048, "FD(effnet-lite0)": 1280}  # a Frechet distance of fewer samples than dimensions is far too high
@@ -174,8 +175,7 @@ def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None, i
         for i, image in enumerate([] if images is None else images[:SHOWN]):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             picture.resize((256, 256), Image.Resampling.NEAREST).save(partial / f"sample-{i}.png")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    put_in_place(partial, folder)
 
 
 def finish(folder: Path, title: str, student, teacher, evaluation, val_set, *, warning: str = "", scheduler=None,
@@ -219,15 +219,14 @@ def check_hub(repository: str, accelerator, teacher, val_set):
 
 
 def copy_weights(source: Path, target: Path):
-    """Copy one part of a pipeline, without files that nothing loads: pickles, other frameworks' weights, a second precision."""
-    others = shutil.ignore_patterns("*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "*.onnx*", "*.ckpt")
-    shutil.copytree(source, target, ignore=others)
-    for half in list(target.glob("*.fp16.*")):
-        plain = half.with_name(half.name.replace(".fp16.", "."))
-        if plain.is_file():
-            half.unlink()
-        else:  # under the name that is looked for without a variant
-            half.rename(plain)
+    """Copy one part of a pipeline, without files that nothing loads: pickles, other frameworks' weights, a second precision.
+    Rights and times are left: shares refuse them, and in a copied read-only folder nothing could be replaced."""
+    target.mkdir(parents=True)
+    for file in filter(Path.is_file, source.iterdir()):
+        plain = file.name.replace(".fp16.", ".")  # the name that is looked for without a variant
+        second = plain != file.name and (source / plain).is_file()
+        if not second and not any(map(file.match, UNLOADED)):
+            shutil.copyfile(file, target / plain)
 
 
 def licence_of(name: str) -> str | None:

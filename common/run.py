@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import full_disk_is_one_line, make_folder, read_text, write_atomically
+from common.files import PATIENCE_S, full_disk_is_one_line, make_folder, read_text, write_atomically
 from common.report import save_curves, save_sheet
 from common.settings import first_line, require
 from common.trainer import due
@@ -32,7 +32,6 @@ def read_log(folder: Path) -> list[dict]:
 # What a resumed run may be told anew, since nothing that the student learns hangs on it (on shards the workers: see there);
 # of the data the place, as `create` compares what lies there.
 MAY_CHANGE = ("data", "device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "log_every", "max_bad_steps")
-PATIENCE_S = 10  # with a folder's lock, which the workers of a killed run hold for some seconds
 
 
 class Run:
@@ -79,7 +78,8 @@ class Run:
         inputs, path = {"data": data, "teacher": teacher, "dtype": str(dtype)}, self.folder / "inputs.json"
         before = json.loads(read_text(path)) if self.begun and path.is_file() else inputs
         back = f"changed since {self.folder} was started; put it back as it was, or begin anew in another --out"
-        require(before["data"] == data, f"the data (with --shards the numbers of processes and workers, too) {back}")
+        require(before["data"] == data, f"the data (its files' times, which cp -p and rsync -t keep, and with --shards the "
+                f"numbers of processes and workers count too) {back}")
         require(before["teacher"] == teacher or before["dtype"] != str(dtype), f"the teacher {back}")
         with full_disk_is_one_line(self.folder, "nothing is lost"):
             write_atomically(path, json.dumps(inputs).encode())

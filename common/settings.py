@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+import os
 import re
 import sys
 import typing
@@ -73,7 +74,12 @@ def reader_of(kind) -> dict:
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         return {"type": comma_separated(element), "metavar": "N,N,..." if element is int else "NAME,..."}
-    return {"type": kind, "metavar": kind.__name__.upper()}
+    return {"type": expand_home if kind is str else kind, "metavar": kind.__name__.upper()}
+
+
+def expand_home(value: str) -> str:
+    """As it is, but for a path in the user's folder: shells leave the ~ behind `=` alone, those of Windows every one."""
+    return os.path.expanduser(value) if value.startswith(("~/", "~\\")) else value
 
 
 def finite(text: str) -> float:
@@ -92,7 +98,7 @@ def comma_separated(element):
     def read(text: str) -> tuple:
         parts = text.split(",") if text else []
         try:
-            return tuple(element(part) for part in parts)
+            return tuple((expand_home if element is str else element)(part) for part in parts)
         except ValueError:
             what = "whole numbers" if element is int else "names"
             raise argparse.ArgumentTypeError(f"{text!r} is no list of {what} with commas between them") from None

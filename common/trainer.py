@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
-from common.files import full_disk_is_one_line
+from common.files import full_disk_is_one_line, put_in_place
 from common.precision import autocast, strides_for
 from common.settings import first_line, require
 
@@ -61,6 +61,8 @@ def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out
         require(fsdp.fsdp_version == 2, "with FSDP the fsdp_version must be 2 (v3/configs/fsdp.yaml)")
         fsdp.mixed_precision_policy = None  # autocast lowers the precision, as elsewhere
     require(kind != DistributedType.MEGATRON_LM, "Megatron-LM is not supported")
+    named = device == "auto" and accelerator.device.type == "cpu"
+    accelerator.print(f"device: {accelerator.device}{', as this torch finds no GPU' * named}")
     if compile:
         try:
             torch.compile(torch.sin)(torch.zeros(1, device=accelerator.device))
@@ -190,10 +192,9 @@ class Trainer:
                 torch.save(ours | modules, partial / "trainer.pt")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            put_in_place(partial, final)
             for old in sorted(folder.glob("checkpoint-????????"))[: -self.keep]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # or at the next step that saves, if a file of it is open
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> int:

@@ -6,7 +6,10 @@ An interrupted download goes on where it stopped. Sizes and MD5 sums are checked
 """
 
 import argparse
+import calendar
+import contextlib
 import hashlib
+import os
 import shutil
 import sys
 import urllib.error
@@ -53,7 +56,10 @@ def download(url: str, path: Path) -> Path:
         raise SystemExit(f"error: {url}: {error}; run again to go on") from None
     if total and part.stat().st_size != total:
         raise SystemExit(f"error: {path.name} was cut off at {part.stat().st_size:,} of {total:,} bytes; run again to go on")
-    part.replace(path)
+    try:
+        part.replace(path)
+    except OSError as error:  # on Windows a virus scanner reads it at first
+        raise SystemExit(f"error: {path.name}: {error}; run again to go on") from None
     return path
 
 
@@ -81,7 +87,10 @@ def unpack(path: Path, out: Path):
                 if not entry.is_dir() and target.is_file() and target.stat().st_size == entry.file_size:
                     continue
                 archive.extract(entry, out)
-    except (zipfile.BadZipFile, OSError) as error:
+                stamped = calendar.timegm((*entry.date_time, 0, 0, 0))  # not now: a run goes on where the set is unpacked again
+                with contextlib.suppress(OSError):  # of a share that keeps its own times
+                    os.utime(target, (stamped, stamped))
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise SystemExit(f"error: {path.name} cannot be unpacked: {error}") from None
 
 

@@ -11,11 +11,13 @@ Glyphs: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the pip package `ope
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,15 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.files import make_folder, put_in_place
+
 SIZE_PX = 32
 SPLITS = {"train": 24_000, "val": 5_000}
 SEED = 2017
 VERSION = 1  # raise it when a scene, a caption or a pixel changes: the folder is then drawn anew
+DRAWN_AT_S = 1_483_228_800  # of every file, so that a run can go on and caches serve where the set was drawn again
 ROOT = Path(__file__).resolve().parent / "mini"
 
 # COCO id: (name, code point, glyph width, glyph height in hundredths of an em, rotation in degrees). Sizes are
@@ -228,19 +235,16 @@ def annotations(scenes: list, first_id: int) -> tuple[dict, dict]:
             {"info": info, "images": images, "annotations": instances, "categories": categories})
 
 
-def draw_mini(root: Path = ROOT) -> Path:
+def draw_mini(root: Path = ROOT, option: str = "--data") -> Path:
     """Make sure that the set lies in `root` and return it: drawn once, in a temporary folder renamed when whole.
 
-    Raises SystemExit where `root` holds something else.
+    Raises SystemExit where `root`, which `option` names, holds something else or cannot be made.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))  # "." has no name
     done = root / "done.json"
     if done.is_file() and json.loads(done.read_text())["version"] == VERSION:
         return root  # which may be a folder that cannot be written to
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"error: {root.parent} cannot be made ({error.strerror}); choose another folder") from None
+    make_folder(root.parent, option)
     with FileLock(root.with_name(f"{root.name}.lock")):  # of two runs that start at once the second waits
         if not done.is_file() and root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise SystemExit(f"error: {root} holds something else; choose another folder for the drawn set")
@@ -261,15 +265,17 @@ def _draw(root: Path):
             for name, content in zip(("captions", "instances"), annotations(part, first + 1)):
                 (partial / "annotations" / f"{name}_{split}.json").write_text(json.dumps(content))
             for image_id, (scene, _) in enumerate(part, start=first + 1):
-                Image.fromarray(painter.paint(scene)).save(partial / split / f"{image_id:012d}.png", compress_level=1)
+                path = partial / split / f"{image_id:012d}.png"
+                Image.fromarray(painter.paint(scene)).save(path, compress_level=1)
+                with contextlib.suppress(OSError):  # of a share that keeps its own
+                    os.utime(path, (DRAWN_AT_S, DRAWN_AT_S))
                 bar.update()
             first += count
     (partial / "done.json").write_text(json.dumps({"version": VERSION, **SPLITS}))
-    shutil.rmtree(root, ignore_errors=True)
-    partial.rename(root)
+    put_in_place(partial, root)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT, help="the folder to draw into")
-    print(f"The embedded set lies in {draw_mini(parser.parse_args().out)}")
+    print(f"The embedded set lies in {draw_mini(parser.parse_args().out, '--out')}")

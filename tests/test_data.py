@@ -8,15 +8,16 @@ import re
 import shutil
 import threading
 import zipfile
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, process
+from conftest import ROOT, make_small_set, process
 from PIL import Image
 
 from common.cache import TeacherStore, TrainingPairs
-from common.coco import CocoCaptions, load_image
+from common.coco import CocoCaptions, images, load_image
 from common.sampling import encode_captions, encode_images
 from data import download_coco
 from data.draw_mini import CATEGORIES, SIZE_PX, Painter, annotations, article, draw_mini, plan_set
@@ -246,6 +247,28 @@ def test_download_resumes_checks_and_unpacks_safely(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="make room"):
         download_coco.main(["--out", str(out), "--base", base])
     server.shutdown()
+
+
+def test_a_set_that_is_made_again_is_the_same_set(small_set, tmp_path):
+    """A run whose --out outlives its machine goes on where the data are downloaded or drawn once more."""
+    found = CocoCaptions(small_set, "train", 32).fingerprint()
+    assert CocoCaptions(make_small_set(tmp_path / "again"), "train", 32).fingerprint() == found
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo("val2017/a.txt", (2013, 11, 24, 1, 2, 4)), "x")
+    for out in (tmp_path / "one", tmp_path / "two"):
+        out.mkdir()
+        download_coco.unpack(tmp_path / "a.zip", out)
+        assert (out / "val2017" / "a.txt").stat().st_mtime == 1_385_254_924  # the same in UTC
+
+
+def test_pictures_of_any_size_fit_into_a_containers_shared_memory(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    for size_px, batch in ((64, 128), (128, 128), (256, 32), (2048, 1)):
+        dataset = CocoCaptions(tmp_path, "", size_px)
+        dataset.files *= 128
+        sizes = [(len(stacked), end) for stacked, _, end in islice(images(dataset, 128), 2)]
+        assert sizes == [(batch, batch), (batch, 2 * batch)][: max(1, len(sizes))]
 
 
 def test_archives_cannot_write_outside(tmp_path):

@@ -24,7 +24,7 @@ def test_the_notebook_runs_and_shows_pictures(small_set, cache, tmp_path):
     short = (f"--data {shlex.quote(str(small_set))} --cache-folder {cache} --steps 2 --batch-size 4 --eval-every 0 "
              "--final-samples 8 --sample-steps 2 --device cpu")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    changes = {'MORE = ""': f"MORE = {short!r}", "checkpoints/quickstart": str(out), "!{sys.executable} -m pip install": "#",
+    changes = {'MORE = ""': f"MORE = {short!r}", "checkpoints/quickstart": str(out), '!"{sys.executable}" -m pip install': "#",
                "--guidance 3": "--steps 2", "pictures": str(tmp_path), "prompts.txt": str(tmp_path / "prompts.txt")}
     for cell in notebook.cells:
         for written, tried in changes.items():

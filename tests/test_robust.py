@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import cache
+from common import cache, files
 from common.cache import TrainingPairs, cached_array, damaged
 from common.coco import CocoCaptions
-from common.files import read_tensors
+from common.files import put_in_place, read_tensors, share
 from common.images import load_image
+from common.report import copy_weights
 from common.teacher import load_teacher
+from data.draw_mini import draw_mini
 
 CASES = int(os.environ.get("FUZZ_CASES", 200))
 fuzz = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -283,3 +285,75 @@ def test_ctrl_c_while_caching_is_one_line_and_loses_nothing(tmp_path):
     assert stopped.returncode == 130 and "stopped; what was saved is kept" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert again.returncode == 0 and again.stdout.split("\n")[:2] == ["from 4", "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]"]
+
+
+# ---- what Windows and network shares refuse ----
+
+
+class HeldOpen(PermissionError):
+    """As os.replace raises it on Windows, where another program holds a file of the folder open."""
+
+    winerror = 5
+
+
+def test_a_rename_that_windows_refuses_is_tried_again(tmp_path, monkeypatch):
+    partial, final = tmp_path / "student.partial", tmp_path / "student"
+    for folder, text in ((partial, "new"), (final, "old")):
+        folder.mkdir()
+        (folder / "a").write_text(text)
+    rename, refusals = os.replace, 3
+
+    def refuse(source, target):
+        nonlocal refusals
+        refusals -= 1
+        if refusals >= 0:
+            raise HeldOpen
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    put_in_place(partial, final)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"] and (final / "a").read_text() == "new"
+    monkeypatch.setattr(files, "PATIENCE_S", 0.2)
+    partial.mkdir()
+    (partial / "a").write_text("newer")
+    refusals = 10**6
+    with pytest.raises(SystemExit, match="student.* is held open by another program; close it and run again"):
+        put_in_place(partial, final)
+    assert (final / "a").read_text() == "new" and (partial / "a").read_text() == "newer"
+
+
+def test_a_refusal_elsewhere_is_not_waited_for(tmp_path, monkeypatch):
+    calls = []
+
+    def refuse(*paths):
+        calls.append(paths)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        put_in_place(tmp_path / "a", tmp_path / "b")
+    assert len(calls) == 1
+
+
+def test_weights_are_copied_where_rights_and_times_are_refused(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    source = tmp_path / "vae"
+    source.mkdir()
+    (source / "model.fp16.safetensors").write_bytes(b"weights")
+    source.chmod(0o555)
+    for name in ("chmod", "utime"):
+        monkeypatch.setattr(os, name, refuse)
+    copy_weights(source, tmp_path / "copy")
+    share(tmp_path / "copy")
+    monkeypatch.undo()
+    source.chmod(0o755)
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == b"weights"
+    assert os.access(tmp_path / "copy", os.W_OK) and (tmp_path / "copy").stat().st_mode & 0o200  # root may write everywhere
+
+
+def test_a_checkout_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(SystemExit, match="^error: --data: .* cannot be written to; choose another folder"):
+        draw_mini(tmp_path / "mini")

@@ -1,14 +1,16 @@
 """What the scripts' Settings have in common, text files' encoding, and that importing changes nothing for others."""
 
 import ast
+import os
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_apart
 
 from common.run import read_log
-from common.settings import LIMITS, require_limits
+from common.settings import LIMITS, parse, require_limits
 
 SCRIPTS = ("v1/1.py", "v2/2.1.py", "v2/2.2.py", "v3/train_student_kd.py", "v4/4.py")
 FIELD = re.compile(r"^    (\w+): ([^=\n]+) = (.*?)(?:  # (.*))?$", re.M)
@@ -30,6 +32,13 @@ DIFFERENT = {  # on purpose: what each version has its own default or words for
     "guidance": "of them",
     "cache_folder": "V-4 keeps trajectories there",
 }
+
+
+@dataclass
+class Paths:
+    out: str = ""
+    also: tuple[str, ...] = ()
+    prompt: str = ""
 
 
 def fields(path: str) -> dict[str, tuple[str, str, str | None]]:
@@ -78,6 +87,13 @@ def text_files_without_encoding(path) -> list[str]:
 def test_every_text_file_is_opened_as_utf_8():
     paths = [*(ROOT / "common").glob("*.py"), *(ROOT / path for path in SCRIPTS), *(ROOT / "v3").glob("*.py")]
     assert [call for path in paths for call in text_files_without_encoding(path)] == []
+
+
+def test_the_users_folder_is_found_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", "--out=~/run", "--also", "~/a,~b", "--prompt", "~ 20 cats"])
+    found = parse(Paths, "")
+    home = os.path.expanduser("~")
+    assert (found.out, found.also, found.prompt) == (f"{home}/run", (f"{home}/a", "~b"), "~ 20 cats")
 
 
 def test_a_log_is_read_as_utf_8_but_for_a_line_that_a_kill_cut_off(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,16 @@ def test_the_named_gpu_is_the_current_one(monkeypatch):
         with pytest.raises(SystemExit, match="started"):
             start_accelerator(device)
     assert current == ["cuda:1"]
+
+
+def test_a_run_says_what_it_runs_on(monkeypatch, capsys):
+    monkeypatch.setattr(trainer_module, "Accelerator", lambda **_: accelerator)
+    for device, found, said in (("auto", "cpu", "cpu, as this torch finds no GPU"), ("cpu", "cpu", "cpu"), ("auto", "cuda", "cuda")):
+        state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None)
+        accelerator = SimpleNamespace(device=torch.device(found), gradient_accumulation_steps=1, distributed_type="NO", state=state,
+                                      print=print)
+        start_accelerator(device)
+        assert capsys.readouterr().out == f"device: {said}\n"
 
 
 def test_a_machine_that_cannot_compile_is_one_line_at_the_start(tmp_path):

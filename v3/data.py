@@ -24,7 +24,7 @@ from coco_dataset import IMAGE_EXTENSIONS, decode_sample, find_shards, sample_ca
 from tqdm import tqdm
 
 from common.coco import CocoCaptions
-from common.files import from_root, full_disk_is_one_line, make_folder, read_text, write_atomically
+from common.files import from_root, full_disk_is_one_line, make_folder, put_in_place, read_text, write_atomically
 from common.settings import parse, require, start
 
 
@@ -89,7 +89,7 @@ def write_shard(dataset: CocoCaptions, part: range, path: Path):
                 sample = {"image_id": dataset.image_ids[i], "captions": dataset.captions[i]}
                 tar.write({"__key__": key_of(dataset.image_ids[i], i), image_extension(dataset.files[i]): image,
                            "json": json.dumps(sample).encode()})
-        os.replace(partial, path)
+        put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

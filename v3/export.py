@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 
-from common.files import full_disk_is_one_line, make_folder, model_place, share, write_atomically
+from common.files import full_disk_is_one_line, make_folder, model_place, put_in_place, share, write_atomically
 from common.report import drawn_with
 from common.sampling import make_scheduler
 from common.settings import parse, require, start
@@ -281,7 +281,7 @@ def write(option: str, target: Path, model: Teacher, how: dict, gaps: bool):
                 write_drawing(model, how, partial)
             else:
                 write_half(model, partial)
-            partial.rename(target)
+            put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from common.files import full_disk_is_one_line, model_place
+from common.files import full_disk_is_one_line, model_place, put_in_place
 from common.report import copy_weights, licence_of
 from common.settings import parse, require, start
 from common.teacher import load_teacher
@@ -66,7 +66,7 @@ def main(s: Settings):
             metadata.append(f"license: {licences.pop()}")
         lines = ["---", *metadata, "---", "One caption, one noise, several models: `python v3/app.py` starts the page.", ""]
         (partial / "README.md").write_text("\n".join(lines), "utf-8")
-        partial.rename(out)
+        put_in_place(partial, out)
     # from within, as the page takes a checkpoints/ of the folder that it is started from
     print(f"the Space lies in {out}; cd {out} && python v3/app.py shows it here")
 
