@@ -30,8 +30,9 @@ def read_log(folder: Path) -> list[dict]:
 
 
 # What a resumed run may be told anew, since nothing that the student learns hangs on it (on shards the workers: see there);
-# of the data the place, as `create` compares what lies there.
-MAY_CHANGE = ("data", "device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "log_every", "max_bad_steps")
+# of data and teacher the place, as `create` compares what lies there.
+MAY_CHANGE = ("data", "teacher", "device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "log_every",
+              "max_bad_steps")
 
 
 class Run:
@@ -49,6 +50,7 @@ class Run:
         self.begun = path.is_file() and any(self.folder.glob("checkpoint-*[0-9]"))
         self.reason = ""  # why it is to stop
         self.kernels = {}  # what `common.precision.fastest_kernels` chose
+        self.teacher_before = ""  # where a resumed run's lay
         old = any(self.folder.glob("state-*.pt"))
         require(not old, f"{out} holds a run of this project's first version, which cannot be resumed; choose another --out")
         finished = (self.folder / "student").exists()  # its checkpoints may have been removed to make room
@@ -60,7 +62,7 @@ class Run:
             before, now = json.loads(read_text(path)), json.loads(json.dumps(self.settings))
         except ValueError:
             raise SystemExit(f"error: {path} is damaged, so the run cannot be resumed; begin anew in another --out") from None
-        self.kernels = before.get("kernels", {})
+        self.kernels, self.teacher_before = before.get("kernels", {}), before.get("teacher")
         changed = [name for name, value in now.items() if before.get(name) != value and name not in MAY_CHANGE]
         require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones")
 
@@ -80,7 +82,9 @@ class Run:
         back = f"changed since {self.folder} was started; put it back as it was, or begin anew in another --out"
         require(before["data"] == data, f"the data (its files' times, which cp -p and rsync -t keep, and with --shards the "
                 f"numbers of processes and workers count too) {back}")
-        require(before["teacher"] == teacher or before["dtype"] != str(dtype), f"the teacher {back}")
+        compares = before["dtype"] == str(dtype)  # or the weights are rounded otherwise, and the place must do
+        same = before["teacher"] == teacher if compares else self.teacher_before == self.settings.get("teacher")
+        require(same, f"the teacher {back}")
         with full_disk_is_one_line(self.folder, "nothing is lost"):
             write_atomically(path, json.dumps(inputs).encode())
         self._write_settings()

@@ -37,6 +37,11 @@ class OneSetting:
     seed: int = 0
 
 
+@dataclass
+class Taught:
+    teacher: str
+
+
 def command(name, small_set, cache, out, *more) -> list[str]:
     """A script and its arguments. Its batches, and so its losses, are those of 48 pictures."""
     return [SCRIPTS[name], "--teacher", str(TEACHER), "--data", str(small_set), "--train-split", "train", "--val-split", "val",
@@ -196,6 +201,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small_set, cache, tmp_path, number):
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "--resume" in printed and "Traceback" not in errors
     assert any(out.glob("checkpoint-????????"))
+
+
+def test_a_teacher_may_lie_elsewhere_but_must_be_the_same(tmp_path):
+    """By its weights; those of another precision do not compare, and then it must lie where it lay."""
+    out = str(tmp_path)
+    run_module.Run(out, Taught(teacher="here"), False, start_accelerator("cpu")).create("data", "weights", torch.float32)
+    (tmp_path / "checkpoint-00000001").mkdir()
+
+    def resume(place, weights, dtype):
+        run_module.Run(out, Taught(teacher=place), True, start_accelerator("cpu")).create("data", weights, dtype)
+
+    resume("there", "weights", torch.float32)
+    for place, weights, dtype in (("there", "others", torch.float32), ("here", "rounded", torch.bfloat16)):
+        with pytest.raises(SystemExit, match="^error: the teacher changed since"):
+            resume(place, weights, dtype)
+    resume("there", "rounded", torch.bfloat16)
 
 
 @pytest.mark.parametrize("changed", ["picture", "caption", "unet", "vae", "text_encoder", "scheduler"])
