@@ -34,12 +34,12 @@ def write_atomically(path: Path, content: bytes):
 
 
 def put_in_place(partial: Path, final: Path):
-    """Rename what is whole, a file or a folder, and let go of what had the name `final` before.
+    """Rename what is whole, a file or a folder, and let go of the one that had the name `final` before.
 
     Windows refuses as long as another program, a virus scanner say, holds a file of either open: there it is tried for
     PATIENCE_S. Raises SystemExit where that does not help; the `partial` stays.
     """
-    if final.is_dir():  # no system replaces one at a stroke
+    if partial.is_dir() and final.is_dir():  # no system replaces one at a stroke
         old = final.with_name(f"{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         put_in_place(final, old)

@@ -188,11 +188,10 @@ class Evaluator:
             kept = shipped or read_tensors(path)
             if not everywhere(kept):
                 images, seconds = self._draw(self.teacher.unet, captions, "teacher's images", dtype, **other)
-                content = save({"images": images.contiguous(), "seconds": torch.tensor([seconds], dtype=torch.float64)})
+                kept = {"images": images.contiguous(), "seconds": torch.tensor([seconds], dtype=torch.float64)}
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(path, content)
-                kept = read_tensors(path)
+                    write_atomically(path, save(kept))
             self._teacher_images[place] = kept["images"], None if shipped else kept["seconds"].item()  # or another machine's
         return self._teacher_images[place][0]
 

@@ -61,8 +61,8 @@ def start_accelerator(device: str, accumulate: int = 1, track: str = "none", out
         require(fsdp.fsdp_version == 2, "with FSDP the fsdp_version must be 2 (v3/configs/fsdp.yaml)")
         fsdp.mixed_precision_policy = None  # autocast lowers the precision, as elsewhere
     require(kind != DistributedType.MEGATRON_LM, "Megatron-LM is not supported")
-    named = device == "auto" and accelerator.device.type == "cpu"
-    accelerator.print(f"device: {accelerator.device}{', as this torch finds no GPU' * named}")
+    why = ", as this torch finds no GPU" if device == "auto" and accelerator.device.type == "cpu" else ""
+    accelerator.print(f"device: {accelerator.device}{why}")
     if compile:
         try:
             torch.compile(torch.sin)(torch.zeros(1, device=accelerator.device))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from common import cache, files
 from common.cache import TrainingPairs, cached_array, damaged
 from common.coco import CocoCaptions
-from common.files import put_in_place, read_tensors, share
+from common.files import put_in_place, read_tensors, share, write_atomically
 from common.images import load_image
 from common.report import copy_weights
 from common.teacher import load_teacher
@@ -333,6 +333,14 @@ def test_a_refusal_elsewhere_is_not_waited_for(tmp_path, monkeypatch):
     with pytest.raises(PermissionError):
         put_in_place(tmp_path / "a", tmp_path / "b")
     assert len(calls) == 1
+
+
+def test_a_file_takes_no_folders_place(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("mine")
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "photos", b"new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos", "a.jpg"]
 
 
 def test_weights_are_copied_where_rights_and_times_are_refused(tmp_path, monkeypatch):
