@@ -78,6 +78,15 @@ def predict_noise(unet, noisy: torch.Tensor, batch) -> torch.Tensor:
     return unet(noisy.to(dtype), batch.timesteps, encoder_hidden_states, return_dict=False)[0].float()
 
 
+def before_guidance(unet, noise_pred: torch.Tensor, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float):
+    """(B, 4, h, w): what `unet`'s guided prediction `noise_pred` was made from, eps_empty + (eps - eps_empty) / guidance, where
+    eps_empty is its own for the `empty` caption's states (1, tokens, width), held fixed (arXiv 2501.15420)."""
+    without_captions = batch._replace(encoder_hidden_states=empty.expand_as(batch.encoder_hidden_states))
+    with torch.no_grad():
+        pred_empty = predict_noise(unet, noisy, without_captions)
+    return pred_empty + (noise_pred - pred_empty) / guidance
+
+
 def due(done: int, every: int) -> bool:
     """Whether something that happens `every` so many steps (0: never) happens after `done` steps."""
     return every > 0 and done > 0 and done % every == 0

@@ -23,7 +23,7 @@ from common import run as run_module
 from common.cache import Batch
 from common.report import comparable, drawn_with
 from common.sampling import encode_captions
-from common.trainer import start_accelerator
+from common.trainer import before_guidance, predict_noise, start_accelerator
 
 SCRIPTS = {"v1": "v1/1.py", "v2.1": "v2/2.1.py", "v2.2": "v2/2.2.py", "v2.2 store": "v2/2.2.py"}
 OWN = {"v1": ["--mid-block", "--feature-blocks", "down_blocks.0,mid_block,up_blocks.3", "--progressive", "--chains",
@@ -275,7 +275,8 @@ def test_changed_data_or_another_teacher_is_noticed_on_resume(small_set, cache, 
     ("v2.1", ["--layers", "3"], "layers"), ("v2.1", ["--resolution", "0"], "--resolution must be at least 1"),
     ("v2.1", ["--seed", "-1"], "--seed"),
     ("v2.2", ["--guidance", "nan"], "finite"), ("v2.2", ["--cache-gb", "inf"], "finite"), ("v2.1", ["--steps", "1e3"], "int"),
-    ("v2.2", ["--no-cache"], "--store needs the cache"), ("v2.1", ["--nonsense", "1"], "--nonsense"),
+    ("v2.2", ["--no-cache"], "--store needs the cache"), ("v2.2", ["--guided-teacher"], "--learned-guidance"),
+    ("v2.1", ["--nonsense", "1"], "--nonsense"),
     ("v2.1", ["--out", str(ROOT / "LICENSE")], "--out"), ("v2.1", ["--cache-folder", str(ROOT / "LICENSE")], "--cache-folder"),
     ("v2.1", ["--teacher", str(ROOT / "LICENSE")], "pipeline folder"), ("v2.1", ["--train-split", "no"], "captions_no.json"),
 ])
@@ -334,17 +335,26 @@ def test_the_guided_prediction_is_the_pipelines(teacher):
         found = script("v2/2.2.py").ask(teacher.unet, noise, batch, empty, 3.0)
     landed = scheduler.step(found, 999, noise).prev_sample
     torch.testing.assert_close(landed, want, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        want = predict_noise(teacher.unet, noise, batch)
+    found.requires_grad_(True)
+    made_from = before_guidance(teacher.unet, found, noise, batch, empty, 3.0)
+    torch.testing.assert_close(made_from, want, rtol=1e-3, atol=1e-3)
+    made_from.sum().backward()
+    torch.testing.assert_close(found.grad, torch.full_like(found, 1 / 3))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v2.1", "v2.2", "v2.2 store"])
-def test_a_student_of_learned_guidance_is_drawn_without(small_set, cache, tmp_path, name):
-    done = run(*command(name, small_set, cache, tmp_path / "run", "--learned-guidance", "3"))
+@pytest.mark.parametrize("name, teacher", [
+    ("v2.1", []), ("v2.2", ["--guided-teacher"]), ("v2.2 store", []), ("v2.2 store", ["--guided-teacher"])])
+def test_a_student_of_learned_guidance_is_drawn_without(small_set, cache, tmp_path, name, teacher):
+    done = run(*command(name, small_set, cache, tmp_path / "run", "--learned-guidance", "3", *teacher))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "8 samples, 3 DDPM steps, guidance 1:" in done.stdout
     train = [x for x in lines(tmp_path / "run") if "loss" in x]
+    assert len(train) == 12
     if name != "v2.1":
-        assert all(x["alpha"] == 1 and x["dropout"] == 0 and x["loss"] == x["kd_loss"] for x in train) and len(train) == 12
+        assert all((x["alpha"] == 1 and x["dropout"] == 0 and x["loss"] == x["kd_loss"]) == bool(teacher) for x in train[1:])
     assert drawn_with(str(tmp_path / "run" / "student")) == {"guidance": 1.0}
     assert "guidance_scale=1.0" in (tmp_path / "run" / "student" / "README.md").read_text("utf-8")
 

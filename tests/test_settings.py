@@ -25,7 +25,7 @@ DIFFERENT = {  # on purpose: what each version has its own default or words for
     "batch_size": "V-3's is that of all processes",
     "eval_batch": "V-3's is each process's",
     "workers": "V-3's shards take as many as there are",
-    "learned_guidance": "V-2.1's comes from noise alone, V-4's from a teacher that always has it",
+    "learned_guidance": "V-4's comes from a teacher that always has it",
     "steps": "V-4 has fewer states to learn",
     "sampler": "V-4's three are the teacher's, and one more",
     "sample_steps": "of them",

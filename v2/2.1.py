@@ -34,7 +34,7 @@ from common.run import Run
 from common.settings import parse, start
 from common.slicing import slice_unet, student_config
 from common.teacher import UNet2DConditionModel, load_teacher
-from common.trainer import Trainer, due, predict_noise, start_accelerator
+from common.trainer import Trainer, before_guidance, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -63,7 +63,7 @@ class Settings:
     warmup: float = 0.05  # share of the steps in which it rises
     weight_decay: float = 0.01  # AdamW's
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
-    learned_guidance: float = 1.0  # guidance scale that it learns, from the noise alone; above 1 it is drawn without
+    learned_guidance: float = 1.0  # guidance scale that the student learns; above 1 it is drawn without
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
@@ -156,10 +156,7 @@ def main(s: Settings):
         with trainer.autocast():
             noise_pred = predict_noise(trainer.model, noisy, batch)  # (B, 4, h, w)
             if guided:  # what is held to the noise is what the guided prediction was made from
-                unconditional = batch._replace(encoder_hidden_states=pairs.empty.expand_as(batch.encoder_hidden_states))
-                with torch.no_grad():
-                    pred_empty = predict_noise(trainer.model, noisy, unconditional)
-                noise_pred = pred_empty + (noise_pred - pred_empty) / s.learned_guidance
+                noise_pred = before_guidance(trainer.model, noise_pred, noisy, batch, pairs.empty, s.learned_guidance)
         loss = F.mse_loss(noise_pred, batch.noise)
         lr = trainer.lr
         trainer.step(loss)  # backward, clip, AdamW, OneCycleLR, EMA

@@ -11,8 +11,10 @@ dropped more and more often (a store of K draws has K rates), which teaches the 
 guidance. Latents and caption embeddings (as many as `--cache-gb` holds) are computed once, before training, and so are the
 teacher's predictions, for `--store` K fixed draws of every picture: its U-Net does not run in training.
 
-With `--learned-guidance` above 1 the target is the teacher's guided prediction, at alpha 1 and without dropped captions. Such
-a student is drawn with guidance 1: one pass a step instead of two (arXiv 2210.03142).
+With `--learned-guidance` w above 1 the student learns the guided prediction: what is held to target and noise is what it was
+made from, eps_empty + (eps - eps_empty) / w with the student's own eps_empty (arXiv 2501.15420). Or, with `--guided-teacher`, the
+target is the teacher's guided prediction, at alpha 1 and without dropped captions (arXiv 2210.03142). Either is drawn with
+guidance 1: one pass a step instead of two.
 """
 
 import sys
@@ -39,7 +41,7 @@ from common.sampling import guide
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import UNet2DConditionModel, load_teacher
-from common.trainer import Trainer, due, predict_noise, start_accelerator
+from common.trainer import Trainer, before_guidance, due, predict_noise, start_accelerator
 from data.draw_mini import draw_mini
 
 
@@ -70,7 +72,8 @@ class Settings:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
     alpha_start: float = 1.0  # weight of the KD term at the first step
     alpha_end: float = 0.5  # and at the last one, linear in between
-    learned_guidance: float = 1.0  # guidance scale of the teacher's predictions; above 1 it is drawn without
+    learned_guidance: float = 1.0  # guidance scale that the student learns; above 1 it is drawn without
+    guided_teacher: bool = False  # learn it from the teacher's guided predictions
     weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
     dropout_start: float = 0.05  # share of captions replaced by the empty one at the first step
     dropout_end: float = 0.2  # and at the last one, linear in between (--store K has K rates, and --store 1 their mean)
@@ -126,6 +129,8 @@ def ask(unet, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float) 
 
 
 def main(s: Settings):
+    guided = s.learned_guidance > 1
+    require(guided or not s.guided_teacher, "--guided-teacher needs a scale: add --learned-guidance 5")
     require(s.cache or not s.store, "--store needs the cache: leave out --no-cache, or take fresh draws with --store 0")
     accelerator = start_accelerator(s.device, track=s.track, out=s.out, compile=s.compile)
     dtype = pick_dtype(s.dtype, accelerator.device)
@@ -160,8 +165,8 @@ def main(s: Settings):
     accelerator.print(summary(student, teacher, pairs, evaluator))
 
     fitness = measure_fitness(teacher, evaluator)
-    guided = s.learned_guidance > 1  # noise knows no guidance, so the student then learns from the teacher alone
-    weighed = s.weigh_teacher and not guided
+    scale = s.learned_guidance if s.guided_teacher else 1.0  # of the teacher's predictions
+    weighed = s.weigh_teacher and not s.guided_teacher  # noise knows no guidance
     effect = "the KD counts less there" if weighed else "the KD pulls the student to what is wrong"
     accelerator.print(fitness.describe(s.resolution, effect))
     run.log_once(**fitness._asdict())
@@ -170,9 +175,8 @@ def main(s: Settings):
     batches = pairs
     if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves
         rates = [linear(s.dropout_start, s.dropout_end, k + 0.5, s.store + 1) for k in range(s.store)]
-        rates = [0.0] * s.store if guided else rates
-        batches = TeacherStore(pairs, lambda *asked: ask(teacher.unet, *asked, pairs.empty, s.learned_guidance), rates, s.steps,
-                               s.learned_guidance)
+        rates = [0.0] * s.store if s.guided_teacher else rates
+        batches = TeacherStore(pairs, lambda *asked: ask(teacher.unet, *asked, pairs.empty, scale), rates, s.steps, scale)
         run.log_once(store_seconds=batches.seconds)
         if s.eval_every:
             evaluator.teacher_images(s.eval_samples)
@@ -192,16 +196,18 @@ def main(s: Settings):
         if due(step, s.eval_every) and step not in run.evaluated:
             run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **own))
 
-        alpha = 1.0 if guided else linear(s.alpha_start, s.alpha_end, step, s.steps)
-        dropout = 0.0 if guided else linear(s.dropout_start, s.dropout_end, step, s.steps)
+        alpha = 1.0 if s.guided_teacher else linear(s.alpha_start, s.alpha_end, step, s.steps)
+        dropout = 0.0 if s.guided_teacher else linear(s.dropout_start, s.dropout_end, step, s.steps)
         batch = batches.draw(step, dropout)  # from the store or fresh; either way a Batch
         noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
         with trainer.autocast():
             teacher_pred = batch.teacher_pred  # (B, 4, h, w)
             if teacher_pred is None:  # the teacher's pass costs more than the student's step
                 with torch.no_grad():
-                    teacher_pred = ask(teacher.unet, noisy, batch, pairs.empty, s.learned_guidance)
+                    teacher_pred = ask(teacher.unet, noisy, batch, pairs.empty, scale)
             noise_pred = predict_noise(trainer.model, noisy, batch)
+            if guided and not s.guided_teacher:
+                noise_pred = before_guidance(trainer.model, noise_pred, noisy, batch, pairs.empty, s.learned_guidance)
         known = knowledge[batch.timesteps].view(-1, 1, 1, 1)
         kd_loss = F.mse_loss(noise_pred, torch.lerp(batch.noise, teacher_pred, known))
         noise_loss = F.mse_loss(noise_pred, batch.noise)
