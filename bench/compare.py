@@ -29,9 +29,11 @@ from common.report import CELL_PX, MARGIN_PX, comparable
 from common.run import read_log
 from common.settings import parse, start
 
+STUDENT = ["--channels", "64"]  # of every version: the teacher's outermost level, whole
+V1_BLOCKS = ["--feature-blocks", "down_blocks.0.attentions.0,down_blocks.0.attentions.1,up_blocks.0.attentions.0,up_blocks.0"]
 VERSIONS = {  # name: script and options
     "baseline": ("v2/2.1.py", ["--random-start", "--lr", "4e-3"]),  # ends better there than at 2e-3, which suits the slice
-    "V-1": ("v1/1.py", []),
+    "V-1": ("v1/1.py", V1_BLOCKS),
     "V-2.1": ("v2/2.1.py", []),
     "V-2.2": ("v2/2.2.py", []),
 }
@@ -47,7 +49,7 @@ class Settings:
     samples: int = 1_000  # pictures of the last evaluation
     evaluations: int = 4  # points of the curves
     store: int = 0  # V-2.2's: with fewer steps than one pass over the pictures, the teacher is cheaper at every step
-    options: str = ""  # of every script, such as "--channels 48 --batch-size 32"
+    options: str = ""  # of every script, such as "--channels 64,48 --batch-size 32"
     quick: bool = False  # one seed, 250 steps at most, 300 pictures
     jobs: int = 1  # runs at a time, each with its share of the cores; with more than one, each prints into its own .log
 
@@ -75,8 +77,8 @@ def train(version: str, out: Path, seed: int, steps: int, s: Settings):
     resume = ["--resume"] if (out / "settings.json").is_file() else []
     print(f"\n{version}, seed {seed}, {steps:,} steps: {out.name}", flush=True)
     command = [sys.executable, str(ROOT / script), "--mini", "--out", str(out), "--seed", str(seed), "--steps", str(steps),
-               "--eval-every", str(-(-steps // s.evaluations)), "--final-samples", str(s.samples), *s.options.split(),
-               *options, *store, *resume]
+               "--eval-every", str(-(-steps // s.evaluations)), "--final-samples", str(s.samples), *STUDENT,
+               *s.options.split(), *options, *store, *resume]
     if s.jobs == 1:
         subprocess.run(command, check=True, cwd=ROOT)
         return

@@ -20,17 +20,17 @@ from threading import Lock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from compare import METRICS, cell, is_done, seconds_of, steps_begun_with, write_sheet
+from compare import METRICS, STUDENT, V1_BLOCKS, cell, is_done, seconds_of, steps_begun_with, write_sheet
 
 from common.run import read_log
 from common.settings import parse, start
 
 RAW = "the teacher as it is"
 VERSIONS = {  # name: script and options
-    "V-1": ("v1/1.py", []),
-    "V-2.1": ("v2/2.1.py", []),
-    "V-2.2": ("v2/2.2.py", []),
-    "V-2.2 that believes all": ("v2/2.2.py", ["--no-weigh-teacher"]),
+    "V-1": ("v1/1.py", STUDENT + V1_BLOCKS),
+    "V-2.1": ("v2/2.1.py", STUDENT),
+    "V-2.2": ("v2/2.2.py", STUDENT),
+    "V-2.2 that believes all": ("v2/2.2.py", [*STUDENT, "--no-weigh-teacher"]),
     "V-3": ("v3/train_student_kd.py", []),
 }
 FIRST = ("V-2.1", "V-2.2", "V-2.2 that believes all")

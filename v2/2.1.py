@@ -92,11 +92,11 @@ class Settings:
     seed: int = 0  # of everything random
 
 
-MINI = dict(  # the student is the teacher's outermost level, whole
+MINI = dict(  # the student is the teacher's outermost level, whole, and half of the next, as the real world's is
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v2.1-mini", channels=(64,), steps=1_000, lr=2e-3, ema_decay=0.99,
-    features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
-    workers=0, save_every=250,
+    out="checkpoints/v2.1-mini", channels=(64, 48), steps=300, lr=2e-3, ema_decay=0.99,
+    features="effnet-lite0", guidance=3.0, eval_every=150, eval_samples=100, final_samples=1_000, cache_gb=0.5,
+    workers=0, save_every=100,
 )
 
 
