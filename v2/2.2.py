@@ -12,9 +12,9 @@ guidance. Latents and caption embeddings (as many as `--cache-gb` holds) are com
 teacher's predictions, for `--store` K fixed draws of every picture: its U-Net does not run in training.
 
 With `--learned-guidance` w above 1 the student learns the guided prediction: what is held to target and noise is what it was
-made from, eps_empty + (eps - eps_empty) / w with the student's own eps_empty (arXiv 2501.15420). Or, with `--guided-teacher`, the
-target is the teacher's guided prediction, at alpha 1 and without dropped captions (arXiv 2210.03142). Either is drawn with
-guidance 1: one pass a step instead of two.
+made from, eps_empty + (eps - eps_empty) / w with the student's own eps_empty (arXiv 2501.15420). With `--guided-teacher` the
+target is the teacher's guided prediction instead, at alpha 1 and without dropped captions (arXiv 2210.03142). Either student is
+drawn with guidance 1: one pass a step instead of two.
 """
 
 import sys
