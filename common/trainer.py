@@ -78,7 +78,8 @@ def predict_noise(unet, noisy: torch.Tensor, batch) -> torch.Tensor:
     return unet(noisy.to(dtype), batch.timesteps, encoder_hidden_states, return_dict=False)[0].float()
 
 
-def before_guidance(unet, noise_pred: torch.Tensor, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float):
+def before_guidance(unet, noise_pred: torch.Tensor, noisy: torch.Tensor, batch, empty: torch.Tensor,
+                    guidance: float) -> torch.Tensor:
     """(B, 4, h, w): what `unet`'s guided prediction `noise_pred` was made from, eps_empty + (eps - eps_empty) / guidance, where
     eps_empty is its own for the `empty` caption's states (1, tokens, width), held fixed (arXiv 2501.15420)."""
     without_captions = batch._replace(encoder_hidden_states=empty.expand_as(batch.encoder_hidden_states))
