@@ -2,6 +2,9 @@
 
 import inspect
 import time
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -95,16 +98,38 @@ def ddim_step(z: torch.Tensor, noise_pred: torch.Tensor, a: torch.Tensor, a_next
     return a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise_pred
 
 
+def first_output(layer: torch.nn.Module, kept: dict, x: torch.Tensor) -> torch.Tensor:
+    if layer not in kept:
+        kept[layer] = type(layer).forward(layer, x)
+    return kept[layer]
+
+
+@contextmanager
+def computed_once(layers: list[torch.nn.Module], kept: dict):
+    """Within it each of the `layers` gives what it gave at its first call, which `kept` holds."""
+    for layer in layers:
+        layer.forward = partial(first_output, layer, kept)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 @torch.no_grad()
 def denoise(unet, scheduler, latents: torch.Tensor, encoded: torch.Tensor, guidance: float, generator):
     """Yields the latents (N, 4, h, w) after each step of `scheduler`, whose timesteps are set.
 
     `encoded`: the captions (N, tokens, width); for guidance above 1 (see `guide`) as many empty ones before them. At 1, as in
-    diffusers' pipeline, the captions' prediction stands alone.
+    diffusers' pipeline, the captions' prediction stands alone. The captions' keys and values, the same at every step, are
+    computed at the first one.
     """
+    of_captions = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    kept = {}
     for t in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents.repeat(len(encoded) // len(latents), 1, 1, 1), t).to(encoded.dtype)
-        noise_pred = unet(inputs, t, encoded, return_dict=False)[0].float()
+        with computed_once(of_captions, kept):  # not around the loop: another path of this U-Net may go on in between
+            noise_pred = unet(inputs, t, encoded, return_dict=False)[0].float()
         if guidance > 1:
             noise_pred = guide(noise_pred, guidance)
         latents = scheduler.step(noise_pred, t, latents, generator=generator, return_dict=False)[0]
@@ -136,8 +161,7 @@ def sample(unet, teacher, captions: list[str], *, sampler="ddpm", steps=25, guid
         scheduler.set_timesteps(steps, device=device)
         generator = torch.Generator().manual_seed(seed + number)
         noise = torch.randn((n, 4, side, side), generator=generator).to(device) * scheduler.init_noise_sigma
-        path = denoise(unet, scheduler, noise, encoded, guidance, generator)
-        for _ in range(steps):  # of 61 and other steps diffusers' trailing spacing makes one more, at timestep -1
-            latents = next(path)
+        # of 61 and other steps diffusers' trailing spacing makes one more, at timestep -1
+        *_, latents = islice(denoise(unet, scheduler, noise, encoded, guidance, generator), steps)
         images.append(decode_latents(teacher.vae, latents).cpu())
     return torch.cat(images), (time.perf_counter() - began) / len(captions)

@@ -183,7 +183,9 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     require_sd1(name, unet, vae, text_encoder, tokenizer, scheduler)
     for model in (unet, vae, text_encoder):
         model.to(device)
-    unet.to(memory_format=strides_for(device, dtype if dtype != torch.float32 else kept_dtype(unet)))
+    strides = strides_for(device, dtype if dtype != torch.float32 else kept_dtype(unet))
+    unet.to(memory_format=strides)
+    vae.to(memory_format=strides)
     return Teacher(name, unet, vae, text_encoder, tokenizer, scheduler)
 
 

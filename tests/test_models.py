@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNe
 
 from common.metrics import coverage, frechet_distance, kernel_distance
 from common.mini import EffNetLite0, caption_accuracy, drawn_objects, load_reader
-from common.sampling import encode_images, sample
+from common.sampling import denoise, encode_images, make_scheduler, sample
 from common.slicing import even_channels, slice_unet, student_config
 from common.teacher import load_teacher
 from data.draw_mini import Painter, annotations, plan_set
@@ -104,6 +104,35 @@ def test_sampling_equals_diffusers_pipeline(teacher, sampler, scheduler):
     assert (ours.permute(0, 2, 3, 1).numpy() - theirs * 255).__abs__().max() <= 1
 
 
+def test_keys_of_captions_are_computed_once_for_each_path(teacher, monkeypatch):
+    """Two paths of one U-Net take turns, as the page's do; the reference computes everything at every step."""
+    width = teacher.unet.config.cross_attention_dim
+    layer = teacher.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
+    generator = torch.Generator().manual_seed(0)
+    z, encoded = torch.randn(2, 3, 4, 8, 8, generator=generator), torch.randn(2, 3, 24, width, generator=generator)
+    calls = []
+
+    def plain(z, encoded, scheduler):
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                z = scheduler.step(teacher.unet(z, t, encoded).sample, t, z).prev_sample
+        return z
+
+    def scheduler():
+        found = make_scheduler("ddim", teacher.noise_scheduler)
+        found.set_timesteps(3)
+        return found
+
+    wanted = [plain(*path, scheduler()) for path in zip(z, encoded)]
+    whole = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: calls.append(self) or whole(self, x))
+    both = zip(*(denoise(teacher.unet, scheduler(), *path, 1.0, None) for path in zip(z, encoded)))
+    assert torch.equal(torch.stack(list(both)[-1]), torch.stack(wanted))
+    assert calls.count(layer) == 2 and calls.count(teacher.unet.time_embedding.linear_1) == 6
+    teacher.unet(z[0], 0, encoded[0])
+    assert calls.count(layer) == 3  # outside of a path nothing is kept
+
+
 def test_no_more_pixels_are_encoded_at_once_than_250_pictures_of_64_px_have():
     """By an autoencoder that takes every eighth pixel."""
     counts = []
@@ -129,7 +158,7 @@ def test_trailing_steps_never_visit_the_timestep_before_the_first(teacher):
         visited.append(int(t))
         return [torch.zeros_like(latents)]
 
-    unet = mock.Mock(side_effect=predict, parameters=lambda: iter([torch.zeros(())]))
+    unet = mock.Mock(side_effect=predict, parameters=lambda: iter([torch.zeros(())]), named_modules=lambda: iter(()))
     for steps in (60, 61, 122):
         visited.clear()
         sample(unet, teacher, ["a cat"], sampler="ddim-trailing", steps=steps, guidance=1.0, size_px=32)
