@@ -20,17 +20,25 @@ class CocoCaptions(torch.utils.data.Dataset):
     the split's folder, `captions[i]` are its captions; `skipped` counts what was left out, by reason, and `examples` names
     the first five. Where one id stands for several files, none is used, as nobody knows whose its captions are.
     Where the format has no splits, a picture's id is its name, and a `part` of all pictures is taken in place of `split`.
-    Raises SystemExit with one line where the folder or its captions cannot be used.
+    For a training that takes `reach` pictures, twice as many are enough, and 1,000 at least, spread over the whole set: so a
+    trial of few steps waits for no more to be cached. Raises SystemExit with one line where the folder or its captions cannot
+    be used.
     """
 
-    def __init__(self, root: str | Path, split: str, size_px: int, limit: int = 0, part: tuple[float, float] = (0, 1)):
+    def __init__(self, root: str | Path, split: str, size_px: int, limit: int = 0, part: tuple[float, float] = (0, 1),
+                 reach: int = 0):
         self.root, self.size_px = Path(root), size_px
         self.format = find_format(self.root)
         self.split = split if self.format == COCO else ""
         self.files, self.captions, self.image_ids, self._stamps = [], [], [], []
         self._fingerprint = None  # half a second at COCO's size
         self.skipped, self.examples, self._skipped_names = {}, [], set()
-        for image_id, names, written in read_pictures(self.root, self.format, split, part):
+        pictures, self.every = read_pictures(self.root, self.format, split, part), 1
+        if reach:
+            pictures = list(pictures)
+            self.every = max(1, len(pictures) // max(2 * reach, 1000))
+            pictures = pictures[:: self.every]
+        for image_id, names, written in pictures:
             captions = captions_of(written)
             for name in names:
                 stamp = self._stamp(name)
@@ -85,7 +93,8 @@ class CocoCaptions(torch.utils.data.Dataset):
 
     def describe(self, usable: int, purpose: str) -> str:
         left_out = self.left_out()
-        return f"{usable:,} {purpose} pictures" + (f" (left out: {left_out})" if left_out else "")
+        thinned = f", one in {self.every:,} of the set: these steps need no more" if self.every > 1 else ""
+        return f"{usable:,} {purpose} pictures{thinned}" + (f" (left out: {left_out})" if left_out else "")
 
     def require_share(self, max_broken: float):
         """Raises SystemExit where more than the share `max_broken` of the pictures had to be left out."""

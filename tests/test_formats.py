@@ -277,6 +277,24 @@ def test_the_fingerprint_of_own_pictures_sees_captions_and_sides_and_no_format(t
     assert opened(root).fingerprint() != first
 
 
+def test_a_trial_takes_pictures_from_all_over_the_set(tmp_path):
+    names = [f"{k:04}.png" for k in range(2500)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    write_captions(tmp_path, "metadata.jsonl", {name: [f"picture {name}"] for name in names})
+    for reach, kept in ((1, names[::2]), (600, names[::2]), (700, names), (10**9, names), (0, names)):
+        assert opened(tmp_path, reach=reach).files == kept
+    trial = opened(tmp_path, reach=1)
+    assert trial.describe(1250, "training") == "1,250 training pictures, one in 2 of the set: these steps need no more"
+    assert trial.fingerprint() != opened(tmp_path).fingerprint()  # a cache of its own
+    for name in names[1000:1100]:
+        (tmp_path / name).unlink()
+    trial = opened(tmp_path, reach=1)
+    assert trial.skipped == {"missing file": 50}
+    with pytest.raises(SystemExit, match="50 of 1,250 pictures"):
+        trial.require_share(0.03)
+
+
 # ---- whole scripts ----
 
 

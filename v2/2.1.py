@@ -108,7 +108,7 @@ def main(s: Settings):
 
     # data and teacher
     data = draw_mini(ROOT / s.data) if s.mini else Path(from_root(s.data))
-    train_set = CocoCaptions(data, s.train_split, s.resolution, part=(s.val_share, 1))
+    train_set = CocoCaptions(data, s.train_split, s.resolution, part=(s.val_share, 1), reach=s.steps * s.batch_size)
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples, part=(0, s.val_share))
     accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)

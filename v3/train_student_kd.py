@@ -136,7 +136,8 @@ def main(s: Settings):
 
     # data and teacher
     data = draw_mini(ROOT / s.data) if s.mini else Path(from_root(s.data))
-    train_set = None if s.shards else CocoCaptions(data, s.train_split, s.resolution, part=(s.val_share, 1))  # shards: below
+    train_set = None if s.shards else CocoCaptions(data, s.train_split, s.resolution, part=(s.val_share, 1),
+                                                   reach=s.steps * s.batch_size)  # of shards: below
     val_set = CocoCaptions(data, s.val_split, s.resolution, limit=s.final_samples, part=(0, s.val_share))
     accelerator.print(f"data: {data}, captions in {val_set.format}")
     teacher = load_teacher(from_root(s.teacher), accelerator.device, dtype)
@@ -153,8 +154,7 @@ def main(s: Settings):
     config["sample_size"] = teacher.latent_side(s.resolution)
     student = UNet2DConditionModel(**config) if s.random_start else slice_unet(teacher.unet, config)
     student.to(accelerator.device)
-    source = batches if s.shards else train_set
-    run.create(source.fingerprint() + val_set.fingerprint(), teacher.fingerprint(), dtype)
+    run.create((train_set or batches).fingerprint() + val_set.fingerprint(), teacher.fingerprint(), dtype)
 
     # what is computed once: the evaluation's frozen side, latents and caption embeddings
     cache = make_folder(ROOT / s.cache_folder, "--cache-folder")

@@ -241,7 +241,7 @@ def main(s: Settings):
     effect = "its trajectories go astray there"
     accelerator.print(fitness.describe(s.resolution, effect))
     run.log_once(**fitness._asdict())
-    captions = some_captions(train_set, s.trajectories)
+    captions = some_captions(train_set, min(s.trajectories, s.steps * s.batch_size))  # the steps reach no more
     trajectories = Trajectories(
         teacher, captions, cache, accelerator, teacher_steps=s.teacher_steps, guidance=s.learned_guidance, side=side,
         batch_size=s.batch_size, seed=s.seed)
