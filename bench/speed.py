@@ -36,7 +36,7 @@ from common.images import load_image
 from common.metrics import Evaluator
 from common.precision import autocast, multiplies_bf16, pick_dtype, time_kernels, use_kernels
 from common.report import table
-from common.sampling import decode_latents, encode_captions, encode_images, sample
+from common.sampling import caption_layers, computed_once, decode_latents, encode_captions, encode_images, sample
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import Teacher, load_teacher
@@ -45,7 +45,8 @@ from data.draw_mini import draw_mini
 
 AGAINST = {"sampling": "StableDiffusionPipeline", "sampling in bf16": "StableDiffusionPipeline",
            "image loading": "plain PIL", "image loading by workers": "plain PIL", "evaluation": "pytorch_fid",
-           "student, 4 passes": "teacher's pipeline, 50 passes"}
+           "student, 4 passes": "teacher's pipeline, 50 passes", "student, a pass of drawing": "student, a whole pass",
+           "teacher, a pass of drawing": "teacher, a whole pass"}
 
 
 @dataclass
@@ -206,6 +207,29 @@ def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, i
     return functions, ours, difference
 
 
+@torch.no_grad()
+def passes_to_time(world: World, v, count: int) -> dict:
+    """A guided pass of either U-Net for `count` pictures, and one of drawing, which has the captions' keys and values."""
+    side = world.teacher.latent_side(v.resolution)
+    captions = world.evaluator.captions[:count]
+    encoded = encode_captions(world.teacher.text_encoder, world.teacher.tokenizer, [""] * len(captions) + captions)
+    z, functions = torch.randn(len(encoded), 4, side, side, device=world.device), {}
+    for name, unet in (("student", world.trainer.ema_student), ("teacher", world.teacher.unet)):
+        layers, kept = caption_layers(unet), {}
+
+        @torch.no_grad()
+        def whole(unet=unet):
+            with world.trainer.autocast():
+                unet(z.to(unet.dtype), 500, encoded.to(unet.dtype))
+
+        def drawing(whole=whole, layers=layers, kept=kept):
+            with computed_once(layers, kept):
+                whole()
+
+        functions |= {f"{name}, a whole pass": whole, f"{name}, a pass of drawing": drawing}
+    return functions
+
+
 def few_passes_to_time(world: World, v) -> dict:
     """Four pictures by the student in 4 passes, as V-4 draws, and by the teacher's stock pipeline in 25 guided steps, 50
     passes; the two parts that no student makes cheaper; and a tiny autoencoder's decoder, of TAESD's size, random weights."""
@@ -309,9 +333,11 @@ def main(s: Settings):
             functions |= evaluation_to_time(world, drawn, Path(folder))
         t = medians(functions, s.rounds)
     print(table({name: {"seconds": seconds} for name, seconds in t.items()}))
+    passes = medians(passes_to_time(world, v, s.pictures), s.rounds)
+    print(table({name: {"seconds": seconds} for name, seconds in passes.items()}))
     few = medians(few_passes_to_time(world, v), min(3, s.rounds))
     print(table({name: {"seconds for 4 pictures": seconds} for name, seconds in few.items()}))
-    t |= few
+    t |= passes | few
     for ours, theirs in AGAINST.items():
         if ours in t:
             print(f"{ours} against {theirs}: {t[theirs] / t[ours]:.2f} x faster")

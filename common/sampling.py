@@ -98,6 +98,11 @@ def ddim_step(z: torch.Tensor, noise_pred: torch.Tensor, a: torch.Tensor, a_next
     return a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise_pred
 
 
+def caption_layers(unet) -> list[torch.nn.Module]:
+    """The layers that make keys and values of the captions for the cross-attention."""
+    return [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+
+
 def first_output(layer: torch.nn.Module, kept: dict, x: torch.Tensor) -> torch.Tensor:
     if layer not in kept:
         kept[layer] = type(layer).forward(layer, x)
@@ -124,8 +129,7 @@ def denoise(unet, scheduler, latents: torch.Tensor, encoded: torch.Tensor, guida
     diffusers' pipeline, the captions' prediction stands alone. The captions' keys and values, the same at every step, are
     computed at the first one.
     """
-    of_captions = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    kept = {}
+    of_captions, kept = caption_layers(unet), {}
     for t in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents.repeat(len(encoded) // len(latents), 1, 1, 1), t).to(encoded.dtype)
         with computed_once(of_captions, kept):  # not around the loop: another path of this U-Net may go on in between
