@@ -83,16 +83,19 @@ class FeatureMatching(torch.nn.Module):
 
     def forward(self, student_features: dict[str, torch.Tensor], teacher_features: dict[str, torch.Tensor],
                 weight: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Mean feature loss over the matched blocks, in units of the teacher's root mean square, each picture's times its
-        `weight` (B, 1, 1, 1).
+        """Mean feature loss over the matched blocks, each picture's times its `weight` (B, 1, 1, 1).
 
-        The unit is each picture's own, so that a batch split over several processes has the same loss.
+        Each channel's error is in units of the teacher's root mean square in it, as though it had one position more, with the
+        mean square of all channels: one that is all but off would count the most otherwise. Every picture has units of its
+        own, so that a batch split over several processes has the same loss.
         """
         losses = []
         for name, ours in student_features.items():
             projected = self.projections[name.replace(".", "-")](ours).float()
             theirs = teacher_features[name].float()
-            rms = theirs.square().mean((1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
+            square, positions = theirs.square(), theirs[0, 0].numel()
+            mean_square = square.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+            rms = ((square.sum((2, 3), keepdim=True) + mean_square) / (positions + 1)).sqrt()  # (B, channels, 1, 1)
             losses.append((weight * self.loss(projected / rms, theirs / rms, reduction="none")).mean())
         return torch.stack(losses).mean()
 

@@ -149,23 +149,27 @@ def test_feature_loss_of_a_network_with_itself_is_zero_and_in_the_teachers_units
         ours, theirs = in_student.take(), in_teacher.take()
         matching = FeatureMatching(ours, theirs, torch.nn.functional.mse_loss)
         assert matching(ours, theirs).item() < 1e-8
-        nothing = {block: torch.zeros_like(values) for block, values in ours.items()}
-        assert abs(matching(nothing, theirs).item() - 1) < 1e-4  # nothing at all is one unit away
+        for block, values in theirs.items():  # twice as much is one unit of each channel off, where all are as strong
+            even = values / values.square().mean((2, 3), keepdim=True).sqrt()
+            assert abs(matching({block: 2 * even}, {block: even}).item() - 1) < 1e-4
     assert in_student.take() == {} == in_teacher.take()  # handed out once
 
 
-def test_a_picture_is_measured_in_units_of_its_own(teacher, no_hooks_left):
+def test_every_channel_of_a_picture_is_measured_in_units_of_its_own(teacher, no_hooks_left):
     """So a batch's loss is the mean of its pictures' losses, however it is split."""
     theirs = {"a": torch.randn(3, 8, 4, 4) * torch.tensor([1.0, 10, 100]).view(3, 1, 1, 1)}
+    theirs["a"] *= torch.logspace(-3, 0, 8).view(8, 1, 1)  # channels of all strengths
     ours = {"a": torch.randn(3, 4, 4, 4)}
     matching = FeatureMatching(ours, theirs, torch.nn.functional.mse_loss)
     whole = matching(ours, theirs)
     single = [matching({"a": ours["a"][i : i + 1]}, {"a": theirs["a"][i : i + 1]}) for i in range(3)]
     torch.testing.assert_close(whole, torch.stack(single).mean())
-    projected, error = matching.projections["a"](ours["a"]), 0.0
-    for i in range(3):
-        error += (projected[i] - theirs["a"][i]).square().mean() / theirs["a"][i].square().mean() / 3
-    torch.testing.assert_close(whole, error)
+    projected, errors = matching.projections["a"](ours["a"]), []
+    for wanted, got in zip(theirs["a"], projected):
+        for channel in range(8):
+            more = torch.cat([wanted[channel].flatten(), wanted.square().mean().sqrt().view(1)])  # the position more
+            errors.append((got[channel] - wanted[channel]).square().mean() / more.square().mean())
+    torch.testing.assert_close(whole, torch.stack(errors).mean())
 
 
 def test_the_students_up_blocks_are_matched_with_the_teachers_of_the_same_level(teacher, no_hooks_left):

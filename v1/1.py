@@ -6,7 +6,7 @@
 The chain of noise levels that is trained gets shorter from stage to stage, always spread over the whole range, until
 only the timesteps are left that a 25-step sampler visits. The loss on a noisy latent x_t is
     d(student(x_t), noise) + feature_weight mean_k d(P_k f_k^student / s_k, f_k^teacher / s_k),
-f_k being the output of block k, caught by a forward hook, s_k its root mean square in the teacher, and P_k a
+f_k being the output of block k, caught by a forward hook, s_k its channels' root mean squares in the teacher, and P_k a
 `ConvProjection` (common/features.py), trained with the student and dropped in the end. The student's start and every
 P_k come from one map of the student's channels into the teacher's. With `--progressive` the shortened stages learn by
 progressive distillation instead: one DDIM step of the student does what two of the chain before did.
