@@ -207,7 +207,6 @@ def sampling_to_time(world: World, v, count: int) -> tuple[dict, torch.Tensor, i
     return functions, ours, difference
 
 
-@torch.no_grad()
 def passes_to_time(world: World, v, count: int) -> dict:
     """A guided pass of either U-Net for `count` pictures, and one of drawing, which has the captions' keys and values."""
     side = world.teacher.latent_side(v.resolution)

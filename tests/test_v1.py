@@ -149,9 +149,9 @@ def test_feature_loss_of_a_network_with_itself_is_zero_and_in_the_teachers_units
         ours, theirs = in_student.take(), in_teacher.take()
         matching = FeatureMatching(ours, theirs, torch.nn.functional.mse_loss)
         assert matching(ours, theirs).item() < 1e-8
-        for block, values in theirs.items():  # twice as much is one unit of each channel off, where all are as strong
-            even = values / values.square().mean((2, 3), keepdim=True).sqrt()
-            assert abs(matching({block: 2 * even}, {block: even}).item() - 1) < 1e-4
+        nothing = {block: torch.zeros_like(values) for block, values in ours.items()}
+        even = {block: values / values.square().mean((2, 3), keepdim=True).sqrt() for block, values in theirs.items()}
+        assert abs(matching(nothing, even).item() - 1) < 1e-4  # nothing at all is one unit away, of even channels
     assert in_student.take() == {} == in_teacher.take()  # handed out once
 
 
