@@ -201,7 +201,7 @@ def measure(script: str, s: Settings, store: int = 0) -> dict:
     version = load(script)
     own = version.Settings()
     changed = dict(steps=s.steps, batch_size=s.batch_size or own.batch_size, store=store,
-                   device="cpu", cpu=True, dtype="bf16", mixed_precision="bf16")
+                   device="cpu", dtype="bf16", mixed_precision="bf16")
     for name, value in changed.items():
         if hasattr(own, name):
             setattr(own, name, value)

@@ -241,7 +241,7 @@ def main(s: Settings):
     trainer = Trainer(accelerator, adapted, ema_student=average, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
     first_step = trainer.restore(run.folder) if s.resume else 0
-    run.begin("adapting", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    run.begin("adapting", first_step)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
             run.record(step, evaluator.evaluate(average.unet, s.eval_samples, dtype))

@@ -34,6 +34,7 @@ DEPENDS_ON = {  # the teacher's parts that each kind of cached thing is computed
     "store": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
     "teacher images": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
     "trajectories": ("text_encoder", "tokenizer", "noise_scheduler", "unet"),
+    "teacher scores": ("vae",),
     "fitness": ("vae", "text_encoder", "tokenizer", "noise_scheduler", "unet"),
     "image features": (),
     "reconstruction features": ("vae",),

@@ -9,7 +9,6 @@ The floor is what training images score against validation images at the same co
 reconstructions; the ceiling is pure noise.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from common.coco import CocoCaptions, images
-from common.files import from_root, make_folder, model_place
+from common.files import from_root, make_folder, model_place, name_of
 from common.metrics import Evaluator
 from common.mini import caption_scores
 from common.precision import drawing_dtype, pick_dtype
@@ -68,8 +67,8 @@ MINI = dict(teacher="checkpoints/mini-teacher", data="data/mini", train_split="t
             features="effnet-lite0", guidance=3.0, workers=0)
 
 
-def some_images(dataset: CocoCaptions, workers: int) -> torch.Tensor:
-    """(N, 3, H, W) uint8: all of them."""
+def all_images(dataset: CocoCaptions, workers: int) -> torch.Tensor:
+    """(N, 3, H, W) uint8."""
     return torch.cat([pixels for pixels, *_ in images(dataset, 100, workers)])
 
 
@@ -77,8 +76,8 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
     """The rows of the floor and the ceiling; prints how well the autoencoder rebuilds the validation set."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    real = some_images(val_set, workers)
-    training = some_images(train_set, workers)[: len(real)]
+    real = all_images(val_set, workers)
+    training = all_images(train_set, workers)[: len(real)]
     psnr_db = peak_signal_noise_ratio(reconstruct(vae, real).float(), real.float(), data_range=255.0)
     print(f"autoencoder: {psnr_db:.2f} dB PSNR over {len(real):,} validation images")
     evaluator.more_scores = None  # these images have other captions, or none
@@ -87,20 +86,11 @@ def measure_bounds(evaluator: Evaluator, train_set: CocoCaptions, val_set: CocoC
     return {name: evaluator.score(pixels) for name, pixels in rows.items()}
 
 
-def few_passes(evaluator: Evaluator, unet, title: str, passes: tuple[int, ...], guidance: float, count: int,
-               dtype: torch.dtype = torch.float32, keep: Path | None = None) -> dict:
-    """The scores of images drawn by DDIM in so many passes, by their number: of a student, or of the teacher, whose images
-    stay in `keep`. A number that is not of 1 to 1,000 whole steps has none."""
-    found, each = {}, 2 if guidance > 1 else 1
-    for number in passes:
-        if number % each or number > 1000 * each:
-            continue
-        options = dict(sampler="ddim-trailing", steps=number // each, guidance=guidance)
-        if title == "teacher":
-            found[number] = evaluator.teacher_scores(count, keep, **options)
-        else:
-            found[number] = evaluator.evaluate(unet, count, dtype, **options).scores
-    return found
+def few_steps(passes: tuple[int, ...], guidance: float) -> dict[int, dict]:
+    """By their number, how `sample` draws in so many passes by DDIM; only for numbers that are of 1 to 1,000 whole steps."""
+    each = 2 if guidance > 1 else 1
+    return {number: dict(sampler="ddim-trailing", steps=number // each, guidance=guidance)
+            for number in passes if number % each == 0 and number <= 1000 * each}
 
 
 def note_other_size(accelerator, name: str, unet, teacher, resolution: int):
@@ -156,8 +146,8 @@ def main(s: Settings):
         keep = make_folder(Path(teacher.name) / "evaluation", "--ship")
     shown = {"teacher": evaluator.teacher_images(count, keep)}
     rows, few = {"teacher": evaluator.teacher_scores(count)}, {}
-    if s.passes:
-        few["teacher"] = few_passes(evaluator, teacher.unet, "teacher", s.passes, s.guidance, count, keep=keep)
+    ways = few_steps(s.passes, s.guidance)
+    few["teacher"] = {number: evaluator.teacher_scores(count, keep, **way) for number, way in ways.items()}
     for name in s.model:
         place = model_place(name)
         unet = load_unet(place, what="the model").to(accelerator.device)
@@ -169,13 +159,12 @@ def main(s: Settings):
         own = drawn_with(place)  # a student of few steps or of learned guidance
         note_other_size(accelerator, name, unet, teacher, s.resolution)
         evaluation = evaluator.evaluate(unet, count, dtype, **own)
-        run = Path(os.path.abspath(place))  # "." and a plain "student" have names too
-        run = run.parent if run.name == "student" else run
-        title = f"{run.name} ({len(rows)})" if run.name in rows else run.name
+        title = name_of(place)
+        title = f"{title} ({len(rows)})" if title in rows else title
         accelerator.print(f"{title}: {evaluation.how}; {label(score)} {evaluation.scores[score]:.4g}")
         shown[title], rows[title] = evaluation.images, evaluation.scores
-        if s.passes:
-            few[title] = few_passes(evaluator, unet, title, s.passes, own.get("guidance", s.guidance), count, dtype)
+        ways = few_steps(s.passes, own.get("guidance", s.guidance))
+        few[title] = {number: evaluator.evaluate(unet, count, dtype, **way).scores for number, way in ways.items()}
     if s.sheet and accelerator.is_main_process:
         last = list(shown.values())[-1]
         save_sheet(Path(s.sheet), shown if len(shown) > 2 else {"": last[:64]}, evaluator.captions)

@@ -85,9 +85,9 @@ class FeatureMatching(torch.nn.Module):
                 weight: torch.Tensor | float = 1.0) -> torch.Tensor:
         """Mean feature loss over the matched blocks, each picture's times its `weight` (B, 1, 1, 1).
 
-        Each channel's error is in units of the teacher's root mean square in it, as though it had one position more, with the
-        mean square of all channels: one that is all but off would count the most otherwise. Every picture has units of its
-        own, so that a batch split over several processes has the same loss.
+        Errors of channel c are divided by s_c, s_c^2 = (sum_hw f_c^2 + mean_chw f^2) / (h w + 1): the channel's mean square in
+        the teacher f, with one position more at the picture's mean, since a channel that is all but off would count the most
+        otherwise. Every picture has units of its own, so that a batch split over several processes has the same loss.
         """
         losses = []
         for name, ours in student_features.items():

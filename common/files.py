@@ -93,7 +93,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def fingerprint(*parts) -> str:
-    """A short hash of modules (their weights), paths (file contents) and plain values."""
+    """A short hash of modules (their weights), paths (file contents), bytes and plain values."""
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
         if isinstance(part, torch.nn.Module):
@@ -103,6 +103,8 @@ def fingerprint(*parts) -> str:
                 digest.update(values.view(torch.uint8).numpy())  # as bytes: numpy knows no bf16
         elif isinstance(part, Path):
             digest.update(part.read_bytes())
+        elif isinstance(part, bytes):
+            digest.update(part)
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()
@@ -119,8 +121,8 @@ def make_folder(folder: Path, option: str) -> Path:
     return folder
 
 
-def share(folder: Path):
-    """Give all files in it the usual rights: safetensors writes such as their owner alone can read."""
+def make_readable(folder: Path):
+    """Give its weights the usual rights: safetensors writes files that their owner alone can read."""
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*.safetensors"):
@@ -170,6 +172,12 @@ def model_place(name: str) -> str:
     name = from_root(name)
     student = Path(name) / "student"
     return str(student) if (student / "unet").is_dir() else name
+
+
+def name_of(place: str | Path) -> str:
+    """What to call the model that lies there: a run's student by the run's name, another by its folder's."""
+    path = Path(os.path.abspath(place))  # "." and a plain "student" have names too
+    return path.parent.name if path.name == "student" else path.name
 
 
 def from_root(name: str) -> str:

@@ -1,7 +1,7 @@
 """What a teacher knows at the resolution at which it is asked, noise level by noise level, before anything learns from it.
 
-A teacher away from the resolution that it was trained at is none: Stable Diffusion 1.5 learned at 512 px. Its squared error
-on the noise, beside that of a guess that knows no picture, shows it in seconds.
+A teacher is of little use far from the resolution that it was trained at: Stable Diffusion 1.5 learned at 512 px. Its squared
+error on the noise, beside that of a guess that knows no picture, shows it in seconds.
 """
 
 import json
@@ -29,10 +29,10 @@ class Fitness(NamedTuple):
     def ratio(self) -> list[float]:
         return [error / best for error, best in zip(self.error, self.yardstick)]
 
-    def knowledge(self, noise_scheduler, measured: bool = True) -> torch.Tensor:
+    def knowledge(self, noise_scheduler, weigh: bool = True) -> torch.Tensor:
         """(timesteps,) of the whole schedule: 1 - error / yardstick, and 0 where the teacher is unfit; linear between the
-        measured ones. All ones where what was measured is not to count."""
-        ratio = np.array(self.ratio) if measured else np.zeros(len(self.error))
+        measured ones. All ones where nothing is to `weigh`."""
+        ratio = np.array(self.ratio) if weigh else np.zeros(len(self.error))
         known = np.where(ratio < UNFIT, 1 - ratio, 0)  # what an unfit teacher knows pulls a student away all the same
         every = np.arange(noise_scheduler.config.num_train_timesteps)
         return torch.from_numpy(np.interp(every, self.timesteps, known)).float()

@@ -177,8 +177,8 @@ class Evaluator:
         (`<teacher>/evaluation/`), then in the cache folder, or in `keep`, where it is then written. The teacher's U-Net is
         needed for the first call of each count only. `other` options of `sample` replace the usual ones."""
         count = min(count, len(self.captions))
-        place = (count, *sorted(other.items()))
-        if place not in self._teacher_images:
+        options = (count, *sorted(other.items()))
+        if options not in self._teacher_images:
             captions, sampling = self.captions[:count], self.sampling | other
             name = f"teacher-{count}-{cache_key('teacher images', self.teacher, captions, sorted(sampling.items()))}"
             shipped = read_tensors(Path(self.teacher.name) / "evaluation" / f"{name}.safetensors")
@@ -192,19 +192,19 @@ class Evaluator:
                 with full_disk_is_one_line(path.parent, "what is cached is kept"):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(path, save(kept))
-            self._teacher_images[place] = kept["images"], None if shipped else kept["seconds"].item()  # or another machine's
-        return self._teacher_images[place][0]
+            self._teacher_images[options] = kept["images"], None if shipped else kept["seconds"].item()  # or another machine's
+        return self._teacher_images[options][0]
 
     def teacher_scores(self, count: int, keep: Path | None = None, **other) -> dict[str, float]:
         """The teacher's row of scores, from the cache where it has been scored before. Images drawn by `other` options, and
         kept in `keep`, are compared with the usual ones."""
         images, usual = self.teacher_images(count, keep, **other), self.teacher_images(count)
         count = len(images)
-        place = (count, *sorted(other.items()))
-        seconds = self._teacher_images[place][1]
-        if place not in self._teacher_scores:
+        options = (count, *sorted(other.items()))
+        seconds = self._teacher_images[options][1]
+        if options not in self._teacher_scores:
             more = self.more_scores.fingerprint if self.more_scores else ""
-            key = cache_key("reconstruction features", self.teacher, images.numpy().tobytes(), usual.numpy().tobytes(),
+            key = cache_key("teacher scores", self.teacher, images.numpy().tobytes(), usual.numpy().tobytes(),
                             self.network_key, self.dataset.fingerprint(), more)
             path = self.folder / f"teacher-scores-{count}-{key}.json"
             if not everywhere(read_kept(path)):
@@ -213,8 +213,8 @@ class Evaluator:
                     write_atomically(path, json.dumps(scores).encode())
             scores = read_kept(path)
             timed = {} if seconds is None else {"seconds an image": seconds}
-            self._teacher_scores[place] = {"parameters": self.teacher.parameters, **scores, **timed}
-        return self._teacher_scores[place]
+            self._teacher_scores[options] = {"parameters": self.teacher.parameters, **scores, **timed}
+        return self._teacher_scores[options]
 
     # --- drawing and scoring ---
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from common.files import full_disk_is_one_line, put_in_place, share
+from common.files import full_disk_is_one_line, make_readable, put_in_place
 from common.settings import first_line, require
 
 CELL_PX, LABEL_PX, MARGIN_PX = 112, 46, 64  # of a sheet: an image with its margin, the caption below, a row's name
@@ -170,7 +170,7 @@ def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None, i
         for part in ("vae", "text_encoder", "tokenizer"):
             require((source / part).is_dir(), f"the teacher's {source / part} is gone; put it back and go on with --resume")
             copy_weights(source / part, partial / part)
-        share(partial)
+        make_readable(partial)
         card.save(partial / "README.md")
         for i, image in enumerate([] if images is None else images[:SHOWN]):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -289,6 +289,7 @@ def model_card(title: str, teacher_name: str, val_set, scores: dict, teacher_sco
     if inference:
         arguments = ", ".join(f"{name}={value}" for name, value in inference.items())
         call = f"    image = pipeline(prompt, {arguments}).images[0]\n"
+    rows, note = "\n".join(lines), f"\n{warning[0].upper()}{warning[1:]}.\n" if warning else ""
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---
@@ -304,7 +305,7 @@ Measured with {how}:
 
 | | teacher | {kind} |
 |---|---|---|
-{chr(10).join(lines)}
-{warning and f"{chr(10)}{warning[0].upper()}{warning[1:]}.{chr(10)}"}
+{rows}
+{note}
 {said}
 """)

@@ -38,6 +38,9 @@ MAY_CHANGE = ("data", "teacher", "device", "workers", "cache_folder", "track", "
 class Run:
     """The folder `out`. Of several processes only the main one looks at it and writes to it.
 
+    `Run(...)` looks at the folder, `create` writes it, `begin` starts the clock. Each step then calls `log_step` and
+    `stop_requested`, and `save` or `leave` where they are due.
+
     Raises SystemExit where it holds a run already and `resume` is not set, one of other settings than `MAY_CHANGE`, or a
     student alone.
     """
@@ -45,10 +48,12 @@ class Run:
     def __init__(self, out: str, settings, resume: bool, accelerator):
         self.folder, self.accelerator, self.main = Path(out), accelerator, accelerator.is_main_process
         self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
+        self.steps, self.batch_size = settings.steps, settings.batch_size
+        self.log_every, self.max_bad_steps = settings.log_every, settings.max_bad_steps
         path = self.folder / "settings.json"
         # a folder without a checkpoint counts as empty, so a run that failed early can be started again with other settings
         self.begun = path.is_file() and any(self.folder.glob("checkpoint-*[0-9]"))
-        self.reason = ""  # why it is to stop
+        self.ending = None  # what the run is to end with before its last step: an exit status, or a line for the user
         self.kernels = {}  # what `common.precision.fastest_kernels` chose
         self.teacher_before = ""  # where a resumed run's lay
         old = any(self.folder.glob("state-*.pt"))
@@ -105,11 +110,10 @@ class Run:
             times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in kernels["seconds"].items())
             print(f"precision: {kernels['dtype']}, {kernels['attention']} attention, the fastest of {times} a pass")
 
-    def begin(self, title: str, first_step: int, steps: int, *, batch_size: int, log_every: int, max_bad_steps: int):
+    def begin(self, title: str, first_step: int):
         """Start the clock and the bar; from here to the last step Ctrl-C and SIGTERM only ask the loop to stop. What was
         logged after `first_step` is forgotten: it will be logged again."""
-        self.first_step, self.steps, self.batch_size = first_step, steps, batch_size
-        self.log_every, self.max_bad_steps = log_every, max_bad_steps
+        self.first_step, steps = first_step, self.steps
         kept = [line for line in read_log(self.folder) if line["step"] <= first_step] if first_step else []
         kept = [line for line in kept if line["step"] < steps or "loss" in line]  # the last evaluation is made again
         self.evaluated = {line["step"] for line in kept if "evaluation" in line}
@@ -135,7 +139,7 @@ class Run:
             raise SystemExit(f"error: --track {kind} cannot start: {first_line(error)}") from None
 
     def _on_signal(self, number, _):
-        self.reason = self.reason or str(int(number))
+        self.ending = self.ending or 128 + number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
     def log_step(self, done: int, trainer, **values):
@@ -163,7 +167,7 @@ class Run:
         shown |= {"skipped": skipped} if skipped else {}  # a share of the steps was a fault once that nobody saw
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.0f}", **shown)
         if in_a_row >= self.max_bad_steps:
-            self.reason = (f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are saved. "
+            self.ending = (f"error: no finite gradient in the last {in_a_row} steps; the weights from before them are saved. "
                            "Try again in another folder with a lower --lr, or in bf16 or fp32")
 
     def _gpu_memory(self) -> dict[str, float]:
@@ -213,7 +217,7 @@ class Run:
         """Write a checkpoint."""
         trainer.save(self.folder)
         self.last_tick = time.perf_counter()
-        if trainer.done_steps == self.steps and not self.reason:
+        if trainer.done_steps == self.steps and not self.ending:
             self._end()
 
     def stop_requested(self, done: int) -> bool:
@@ -221,20 +225,19 @@ class Run:
         if self.accelerator.num_processes > 1:
             if done % 10 and done != self.steps:
                 return False
-            asked = torch.tensor([bool(self.reason)], device=self.accelerator.device)
+            asked = torch.tensor([bool(self.ending)], device=self.accelerator.device)
             anyone = self.accelerator.gather(asked).any()
-            if anyone and not self.reason:
-                self.reason = str(int(signal.SIGTERM))
-        return bool(self.reason)
+            if anyone and not self.ending:
+                self.ending = 128 + signal.SIGTERM
+        return bool(self.ending)
 
     def leave(self, done: int):
         """End the run before its end. Raises SystemExit."""
         self._end()
         self.accelerator.end_training()
-        if not self.reason.isdigit():
-            raise SystemExit(self.reason)
-        self.accelerator.print(f"stopped at step {done:,}; go on with --resume")
-        raise SystemExit(128 + int(self.reason))
+        if isinstance(self.ending, int):
+            self.accelerator.print(f"stopped at step {done:,}; go on with --resume")
+        raise SystemExit(self.ending)
 
     def _end(self):
         self.bar.close()

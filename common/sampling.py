@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from common.settings import require
 
@@ -16,6 +16,7 @@ SAMPLERS = {  # "trailing" spacing starts at the last timestep, which few steps 
     "ddim": (DDIMScheduler, {}),
     "ddim-trailing": (DDIMScheduler, {"timestep_spacing": "trailing"}),
     "dpm++": (DPMSolverMultistepScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
 }
 SCHEDULE = {*inspect.signature(DDPMScheduler).parameters, "set_alpha_to_one", "_use_default_values"}  # keys of a config
 

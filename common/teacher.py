@@ -134,8 +134,6 @@ def load_part(kind, name: str, part: str, what: str = "the teacher", check=None,
                     check(name, kind.from_config(kind.load_config(name, subfolder=part)).config)
             model, found = from_pretrained(kind, name, options)
     except Exception as error:  # what a damaged file raises depends on the library that reads it
-        if isinstance(error, SystemExit):
-            raise
         pickles = any((folder / part).glob("*.bin"))
         cure = CURE_FOR_PICKLES if pickles else CURE
         where = f"{part}: " if part else ""

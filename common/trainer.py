@@ -89,7 +89,7 @@ def before_guidance(unet, noise_pred: torch.Tensor, noisy: torch.Tensor, batch, 
 
 
 def due(done: int, every: int) -> bool:
-    """Whether something that happens `every` so many steps (0: never) happens after `done` steps."""
+    """Whether `done` steps, at least one, are a multiple of `every`; never where that is 0."""
     return every > 0 and done > 0 and done % every == 0
 
 

@@ -34,7 +34,7 @@ def test_knowledge_is_what_the_error_lacks_of_the_yardstick():
     known = fitness.knowledge(scheduler)
     assert known.shape == (1000,) and known[100] == 0.75 and known[300] == 0
     torch.testing.assert_close(known[[0, 200, 999]], torch.tensor([0.75, 0.375, 0.0]))
-    assert torch.equal(fitness.knowledge(scheduler, measured=False), torch.ones(1000))
+    assert torch.equal(fitness.knowledge(scheduler, weigh=False), torch.ones(1000))
     assert fitness.unfit() == [300] and "timesteps 300; so" in fitness.warning(64, "so")
     assert all(f"--{name}" in fitness.warning(64, "so") for name in ("out FOLDER", "mini", "teacher", "data"))
     assert Fitness([100], [float("nan")], [0.6]).unfit() == [100]  # a broken teacher knows nothing

@@ -38,13 +38,12 @@ class DeviceProducts(TorchDispatchMode):
 
 def command(name, small_set, shards, cache, out, dtype):
     script, *own = VERSIONS[name]
-    precision = ["--mixed-precision", "no" if dtype == "fp32" else dtype, "--cpu"] if script.startswith("v3") else [
-        "--dtype", dtype, "--device", "cpu"]
+    precision = ["--mixed-precision", "no" if dtype == "fp32" else dtype] if script.startswith("v3") else ["--dtype", dtype]
     if name == "v3 shards":
         own += ["--shards", shards]
     return [script, "--mini", "--data", small_set, "--steps", "4", "--batch-size", "6", "--lr", "1e-3", "--eval-every", "2",
             "--eval-samples", "2", "--final-samples", "4", "--sample-steps", "1", "--save-every", "2", "--log-every", "1",
-            "--cache-folder", cache, "--out", out, *precision, *own]
+            "--cache-folder", cache, "--out", out, "--device", "cpu", *precision, *own]
 
 
 @pytest.fixture(scope="module")

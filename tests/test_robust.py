@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from common import cache, files
 from common.cache import TrainingPairs, cached_array, damaged
 from common.coco import CocoCaptions
-from common.files import put_in_place, read_tensors, share, write_atomically
+from common.files import make_readable, put_in_place, read_tensors, write_atomically
 from common.images import load_image
 from common.report import copy_weights
 from common.teacher import load_teacher
@@ -354,7 +354,7 @@ def test_weights_are_copied_where_rights_and_times_are_refused(tmp_path, monkeyp
     for name in ("chmod", "utime"):
         monkeypatch.setattr(os, name, refuse)
     copy_weights(source, tmp_path / "copy")
-    share(tmp_path / "copy")
+    make_readable(tmp_path / "copy")
     monkeypatch.undo()
     source.chmod(0o755)
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == b"weights"

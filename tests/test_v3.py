@@ -39,7 +39,7 @@ def command(small_set, cache, out, *more) -> list[str]:
     return ["v3/train_student_kd.py", "--teacher", str(TEACHER), "--data", str(small_set), "--train-split", "train",
             "--val-split", "val", "--resolution", "32", "--channels", "32,48,64", "--steps", "20", "--batch-size", "8",
             "--features", "effnet-lite0", "--eval-every", "0", "--final-samples", "8", "--eval-batch", "4",
-            "--sample-steps", "2", "--save-every", "5", "--log-every", "1", "--cpu", "--mixed-precision", "no",
+            "--sample-steps", "2", "--save-every", "5", "--log-every", "1", "--device", "cpu", "--mixed-precision", "no",
             "--track", "tensorboard", "--cache-folder", str(cache), "--out", str(out), *more]
 
 
@@ -213,7 +213,7 @@ def test_two_processes_that_share_the_states_train_as_one(small_set, cache, one_
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "v3" / "configs" / f"{kind}.yaml"),
               "--mixed_precision", "no", str(ROOT / "tests" / "sharded.py")]
     arguments = command(small_set, cache, tmp_path / "two")
-    arguments.remove("--cpu")  # with which Accelerate leaves sharding out
+    arguments[arguments.index("--device") + 1] = "auto"  # told to stay on the CPU, Accelerate leaves sharding out
     done = run_apart(*launch, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     for a, b in zip(losses(one_process), losses(tmp_path / "two"), strict=True):

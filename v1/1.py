@@ -10,9 +10,10 @@ f_k being the output of block k, caught by a forward hook, s_k its channels' roo
 `ConvProjection` (common/features.py), trained with the student and dropped in the end. The student's start and every
 P_k come from one map of the student's channels into the teacher's. With `--progressive` the shortened stages learn by
 progressive distillation instead: one DDIM step of the student does what two of the chain before did.
-With `--weigh-teacher`, the default, the features of a level count as far as the teacher knows more there than a blind guess.
+With `--weigh-teacher`, the default, features count at each noise level as far as the teacher knows more than a blind guess.
 """
 
+import bisect
 import copy
 import sys
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Settings:
     feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1.attentions.1", "up_blocks.0", "up_blocks.1")
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim; of --progressive, which learns its steps, always ddim
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how pictures are drawn; with --progressive, which learns its steps, always ddim
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -236,15 +237,15 @@ def main(s: Settings):
     trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
                       also_saved=also_saved)
-    own = {"sampler": "ddim"} if s.progressive else {}  # how the student draws, where that is not the teacher's way
+    student_sampling = {"sampler": "ddim"} if s.progressive else {}  # where it draws in another way than the teacher
     first_step = trainer.restore(run.folder) if s.resume else 0
-    run.begin("V-1", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    run.begin("V-1", first_step)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **own))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **student_sampling))
 
-        stage = max(k for k, first in enumerate(starts) if first <= step)
-        chain, length = chains[stage], s.chains[stage]
+        stage = bisect.bisect(starts, step) - 1
+        chain = chains[stage]
         if s.progressive and step == starts[stage]:
             chain_before.load_state_dict(trainer.ema_student.state_dict())
         batch = pairs.draw(step, s.caption_dropout, chain=chain)
@@ -252,9 +253,9 @@ def main(s: Settings):
 
         with trainer.autocast():
             target, weight = batch.noise, torch.ones((), device=accelerator.device)
-            if s.progressive and 2 * length <= len(alphas_cumprod):
+            if s.progressive and len(chain) < len(alphas_cumprod):
                 before = teacher.unet if stage == 0 else chain_before
-                stride = len(alphas_cumprod) // length
+                stride = len(alphas_cumprod) // len(chain)
                 target = two_step_target(before, noisy, batch, stride, alphas_cumprod)
                 weight = epsilon_weight(s.target, alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1))
             if s.feature_weight:
@@ -280,11 +281,12 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **own)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **student_sampling)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, val_set,
-               warning=warning, scheduler=make_scheduler("ddim", noise_scheduler) if own else None, push_to_hub=s.push_to_hub)
+               warning=warning, scheduler=make_scheduler("ddim", noise_scheduler) if s.progressive else None,
+               push_to_hub=s.push_to_hub)
     accelerator.end_training()
 
 

@@ -7,9 +7,9 @@ The student starts as a slice of the teacher. Its loss on a noisy latent x_t = s
 MSE(student(x_t), noise), the loss of DDPM (arXiv 2006.11239). The teacher's U-Net leaves memory before training; its
 autoencoder and text encoder have made the latents and as many caption embeddings as `--cache-gb` holds by then.
 
-With `--learned-guidance` w above 1 the student learns the guided prediction without a teacher (arXiv 2501.15420): what is held
-to the noise is empty + (student(x_t) - empty) / w, `empty` being its own prediction for no caption, which gets no gradient.
-Such a student is drawn with guidance 1: one pass a step instead of two.
+With `--learned-guidance` w above 1 the student's output is the guided prediction, learned without a teacher (arXiv 2501.15420):
+the loss compares empty + (student(x_t) - empty) / w with the noise, `empty` being its own prediction for no caption, which gets
+no gradient. Such a student is drawn with guidance 1: one pass a step instead of two.
 """
 
 import sys
@@ -68,7 +68,7 @@ class Settings:
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how pictures are drawn
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -144,18 +144,18 @@ def main(s: Settings):
     trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
                       weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
     guided = s.learned_guidance > 1
-    own = {"guidance": 1.0} if guided else {}  # how the student draws, where that is not the teacher's way
+    student_sampling = {"guidance": 1.0} if guided else {}  # where it draws in another way than the teacher
     first_step = trainer.restore(run.folder) if s.resume else 0
-    run.begin("V-2.1", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    run.begin("V-2.1", first_step)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **own))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **student_sampling))
 
         batch = pairs.draw(step, s.caption_dropout)
         noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # sqrt(a_t) x_0 + sqrt(1 - a_t) noise
         with trainer.autocast():
             noise_pred = predict_noise(trainer.model, noisy, batch)  # (B, 4, h, w)
-            if guided:  # what is held to the noise is what the guided prediction was made from
+            if guided:
                 noise_pred = before_guidance(trainer.model, noise_pred, noisy, batch, pairs.empty, s.learned_guidance)
         loss = F.mse_loss(noise_pred, batch.noise)
         lr = trainer.lr
@@ -169,7 +169,7 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **own)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **student_sampling)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-2.1", trainer.ema_student, teacher, evaluation, val_set,

@@ -11,10 +11,10 @@ dropped more and more often (a store of K draws has K rates), which teaches the 
 guidance. Latents and caption embeddings (as many as `--cache-gb` holds) are computed once, before training, and so are the
 teacher's predictions, for `--store` K fixed draws of every picture: its U-Net does not run in training.
 
-With `--learned-guidance` w above 1 the student learns the guided prediction: what is held to target and noise is what it was
-made from, eps_empty + (eps - eps_empty) / w with the student's own eps_empty (arXiv 2501.15420). With `--guided-teacher` the
-target is the teacher's guided prediction instead, at alpha 1 and without dropped captions (arXiv 2210.03142). Either student is
-drawn with guidance 1: one pass a step instead of two.
+With `--learned-guidance` w above 1 the student's output eps is the guided prediction. The loss takes the guidance out again,
+eps_empty + (eps - eps_empty) / w with the student's own eps_empty (arXiv 2501.15420), and compares that with target and noise.
+With `--guided-teacher` the target is the teacher's guided prediction instead, at alpha 1 and without dropped captions
+(arXiv 2210.03142). Either student is drawn with guidance 1: one pass a step instead of two.
 """
 
 import sys
@@ -81,7 +81,7 @@ class Settings:
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how pictures are drawn
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -113,12 +113,12 @@ MINI = dict(  # the student is the teacher's outermost level, whole, and half of
 )
 
 
-def linear(start: float, end: float, step: float, steps: int) -> float:
+def linear(start: float, end: float, step: int, steps: int) -> float:
     """`start` at step 0, `end` at the last step, steps - 1."""
     return start + (end - start) * step / max(1, steps - 1)
 
 
-def ask(unet, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float) -> torch.Tensor:
+def teacher_noise(unet, noisy: torch.Tensor, batch, empty: torch.Tensor, guidance: float) -> torch.Tensor:
     """(B, 4, h, w): the teacher's prediction; for a `guidance` above 1 the guided one, in one pass. `empty`: the empty
     caption's states (1, tokens, width)."""
     if guidance <= 1:
@@ -172,11 +172,14 @@ def main(s: Settings):
     run.log_once(**fitness._asdict())
     knowledge = fitness.knowledge(noise_scheduler, weighed).to(accelerator.device)  # (timesteps,) in 0..1
 
+    def ask(noisy, batch):  # (B, 4, h, w) of the teacher
+        return teacher_noise(teacher.unet, noisy, batch, pairs.empty, scale)
+
     batches = pairs
     if s.store:  # the teacher is paid once, here or by an earlier run; each draw has the mean dropout of the part it serves
-        rates = [linear(s.dropout_start, s.dropout_end, k + 0.5, s.store + 1) for k in range(s.store)]
+        rates = [s.dropout_start + (s.dropout_end - s.dropout_start) * (k + 0.5) / s.store for k in range(s.store)]
         rates = [0.0] * s.store if s.guided_teacher else rates
-        batches = TeacherStore(pairs, lambda *asked: ask(teacher.unet, *asked, pairs.empty, scale), rates, s.steps, scale)
+        batches = TeacherStore(pairs, ask, rates, s.steps, scale)
         run.log_once(store_seconds=batches.seconds)
         if s.eval_every:
             evaluator.teacher_images(s.eval_samples)
@@ -189,12 +192,12 @@ def main(s: Settings):
         student.compile()
     trainer = Trainer(accelerator, student, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup,
                       weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
-    own = {"guidance": 1.0} if guided else {}  # how the student draws, where that is not the teacher's way
+    student_sampling = {"guidance": 1.0} if guided else {}  # where it draws in another way than the teacher
     first_step = trainer.restore(run.folder) if s.resume else 0
-    run.begin("V-2.2", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    run.begin("V-2.2", first_step)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
-            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **own))
+            run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **student_sampling))
 
         alpha = 1.0 if s.guided_teacher else linear(s.alpha_start, s.alpha_end, step, s.steps)
         dropout = 0.0 if s.guided_teacher else linear(s.dropout_start, s.dropout_end, step, s.steps)
@@ -204,7 +207,7 @@ def main(s: Settings):
             teacher_pred = batch.teacher_pred  # (B, 4, h, w)
             if teacher_pred is None:  # the teacher's pass costs more than the student's step
                 with torch.no_grad():
-                    teacher_pred = ask(teacher.unet, noisy, batch, pairs.empty, scale)
+                    teacher_pred = ask(noisy, batch)
             noise_pred = predict_noise(trainer.model, noisy, batch)
             if guided and not s.guided_teacher:
                 noise_pred = before_guidance(trainer.model, noise_pred, noisy, batch, pairs.empty, s.learned_guidance)
@@ -224,7 +227,7 @@ def main(s: Settings):
         if stopping:
             run.leave(done)
 
-    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **own)
+    evaluation = evaluator.evaluate(trainer.ema_student, s.final_samples, dtype, **student_sampling)
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-2.2", trainer.ema_student, teacher, evaluation, val_set,

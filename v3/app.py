@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from inference import how_to_draw
 
-from common.files import from_root, model_place
+from common.files import from_root, model_place, name_of
 from common.precision import pick_dtype
 from common.report import card_of
 from common.sampling import SAMPLERS, decode_latents, denoise, encode_captions, make_scheduler
@@ -73,12 +73,6 @@ def find_models(folder: Path) -> tuple[list[str], list[str]]:
         distilled = place.name == "student" or "distillation" in (card_of(str(place)).get("tags") or ())
         (students if distilled else teachers).append(str(place))
     return teachers, students
-
-
-def name_of(place: str) -> str:
-    """The run's name of a student, or else the folder's."""
-    path = Path(place)
-    return path.parent.name if path.name == "student" else path.name
 
 
 def passes(how: dict) -> int:

@@ -1,4 +1,4 @@
-"""Training pairs of V-3: COCO captions through the cache (`common.cache.TrainingPairs`), or WebDataset shards, streamed.
+"""Training pairs of V-3 from WebDataset shards, streamed (from COCO or own pictures: `common.cache.TrainingPairs`).
 
 A random one of a picture's captions is taken each time; validation (`common.metrics.Evaluator`) takes the first.
 """
@@ -19,8 +19,9 @@ import webdataset as wds
 from PIL import Image
 
 from common.cache import Batch, draw_noise, share_of
-from common.coco import captions_of, load_image
 from common.files import fingerprint
+from common.formats import captions_of
+from common.images import load_image
 from common.sampling import encode_captions, encode_images
 from common.settings import require
 
@@ -189,9 +190,9 @@ class ShardPairs:
         return fingerprint(stamps, self.processes, self.workers)
 
     @torch.no_grad()
-    def draw(self, step: int, dropout: float, *, chain: torch.Tensor | None = None, part: int = 0, parts: int = 1) -> Batch:
+    def draw(self, step: int, dropout: float, *, part: int = 0, parts: int = 1) -> Batch:
         """Part `part` of `parts` of this process's share of step `step`'s batch; noise and timesteps depend on
-        (seed, step) alone. Captions are dropped at rate `dropout`, timesteps come out of `chain` (all)."""
+        (seed, step) alone. Captions are dropped at rate `dropout`."""
         share = self.batch_size // self.processes // parts
         if self.stream is None:
             self.stream = self._open(share, step * parts + part)
@@ -210,7 +211,7 @@ class ShardPairs:
         latents = encode_images(self.teacher.vae, pixels).float()  # (share, 4, h, w)
         encoder_hidden_states = encode_captions(self.teacher.text_encoder, self.teacher.tokenizer, captions).float()
         shape = (self.batch_size, *latents.shape[1:])
-        noise, timesteps = draw_noise(rng, shape, chain, mine, self.teacher.noise_scheduler, self.device)
+        noise, timesteps = draw_noise(rng, shape, None, mine, self.teacher.noise_scheduler, self.device)
         return Batch(latents, encoder_hidden_states, noise, timesteps, dropout=dropout)
 
     def _open(self, share: int, skip: int):

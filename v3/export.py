@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 
-from common.files import full_disk_is_one_line, make_folder, model_place, put_in_place, share, write_atomically
+from common.files import full_disk_is_one_line, make_folder, make_readable, model_place, put_in_place, write_atomically
 from common.report import drawn_with
 from common.sampling import make_scheduler
 from common.settings import parse, require, start
@@ -260,7 +260,7 @@ def write_half(model: Teacher, folder: Path):
         source, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipeline.to(torch.float16).save_pretrained(folder)
-    share(folder)
+    make_readable(folder)
     for file in (*source.glob("README.md"), *source.glob("sample-*.png")):  # the card may say how to draw
         shutil.copy(file, folder)
 

@@ -17,21 +17,19 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from common import sampling
-from common.files import full_disk_is_one_line, make_folder, model_place, read_text
+from common.files import full_disk_is_one_line, make_folder, model_place, name_of, read_text
 from common.precision import pick_dtype
 from common.report import drawn_with, save_sheet
+from common.sampling import make_scheduler, require_no_extra_step
 from common.settings import parse, require, start
 from common.teacher import load_part, load_teacher
 from common.trainer import start_accelerator
 
 # isort: split
-from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
-
-sampling.SAMPLERS |= {"euler": (EulerDiscreteScheduler, {})}
 
 
 @dataclass
@@ -64,7 +62,7 @@ def load(name: str, sampler: str, device: torch.device, dtype: torch.dtype, tiny
             len(model.vae.config.block_out_channels), model.vae.config.latent_channels)
         require(same, f"{tiny_vae} decodes latents of another shape than {name}'s")
         model.vae = tiny.to(device)
-    return model.pipeline(scheduler=sampling.make_scheduler(sampler, model.noise_scheduler))
+    return model.pipeline(scheduler=make_scheduler(sampler, model.noise_scheduler))
 
 
 def how_to_draw(place: str, **given) -> dict:
@@ -111,11 +109,11 @@ def main(s: Settings):
         how = how_to_draw(place, sampler=s.sampler, steps=s.steps, guidance=s.guidance)
         pipeline = load(place, how["sampler"], device, dtype, s.tiny_vae)
         pipeline.scheduler.set_timesteps(how["steps"])
-        sampling.require_no_extra_step(pipeline.scheduler, f"--steps {how['steps']}")
+        require_no_extra_step(pipeline.scheduler, f"--steps {how['steps']}")
         if s.compile:
             pipeline.unet.compile()
         size_px = size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor  # --compare's too
-        images, seconds = draw(pipeline, prompts, size_px, Path(name).name, how, s)
+        images, seconds = draw(pipeline, prompts, size_px, name_of(place), how, s)
         rows.append(images)
         print(f"{name}: {seconds:.3f} s an image on {device.type}, batches of {min(s.batch, len(prompts))}; "
               f"{how['steps']} {how['sampler']} steps, guidance {how['guidance']:g}")

@@ -16,7 +16,7 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.files import from_root, full_disk_is_one_line, share
+from common.files import from_root, full_disk_is_one_line, make_readable
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import UNet2DConditionModel, load_unet
@@ -49,7 +49,7 @@ def main(s: Settings):
     student = student.half() if s.fp16 else student
     with full_disk_is_one_line(out.absolute().parent, "what was written is removed", remove=out):
         student.save_pretrained(out)
-        share(out)
+        make_readable(out)
     ours, theirs = (sum(p.numel() for p in unet.parameters()) for unet in (student, teacher))
     print(f"{s.size}: {ours:,} parameters, {ours / theirs:.1%} of the teacher's {theirs:,}, in {s.out}")
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from common.files import full_disk_is_one_line, model_place, put_in_place
+from common.files import full_disk_is_one_line, model_place, name_of, put_in_place
 from common.report import copy_weights, licence_of
 from common.settings import parse, require, start
 from common.teacher import load_teacher
@@ -51,7 +51,7 @@ def main(s: Settings):
         for number, name in enumerate(filter(None, (s.teacher, s.model, s.compare))):
             model = load_teacher(model_place(name), torch.device("cpu"), what="the model")  # or it says what is wrong
             place = model.folder()
-            title = place.parent.name if place.name == "student" else Path(name).name
+            title = name_of(model_place(name))
             if (partial / "checkpoints" / title).exists():
                 title += f"-{number}"
             target = partial / "checkpoints" / title / ("student" if number else "")  # by which the page tells them

@@ -5,10 +5,10 @@
     accelerate launch v3/train_student_kd.py --shards data/shards   # WebDataset shards in place of COCO
 
 The loss is BK-SDM's (arXiv 2305.15798): task_weight MSE(student, noise) + kd_weight MSE(student, teacher)
-+ feature_weight mean_k |P_k f_k^student - f_k^teacher|^2 / rms(f_k^teacher)^2 over the blocks' outputs f_k, P_k a 1 x 1
-projection where channels were sliced. The teacher counts as far as it knows more than a blind guess (`--weigh-teacher`). Step i
-draws its global batch from (seed, i), each process takes its share: their number changes nothing but the speed. With --shards
-it also changes which pictures meet in a batch, as each process reads shards of its own.
++ feature_weight mean_k |(P_k f_k^student - f_k^teacher) / s_k|^2 over the blocks' outputs f_k, s_k the root mean squares of
+the teacher's channels, P_k a 1 x 1 projection where channels were sliced. The teacher counts as far as it knows more than a
+blind guess (`--weigh-teacher`). Step i draws its global batch from (seed, i), each process takes its share: their number
+changes nothing but the speed. With --shards it also changes which pictures meet in a batch, as each process reads its own.
 """
 
 import importlib.util
@@ -83,7 +83,7 @@ class Settings:
     compile: bool = False  # torch.compile the student: pays on long runs only; on a CPU it takes a C++ compiler
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ddpm or ddim
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how pictures are drawn
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -91,7 +91,7 @@ class Settings:
     final_samples: int = 5_000  # pictures of the last one
     eval_batch: int = 100  # pictures sampled at a time, by each process
     # machine
-    cpu: bool = False  # stay on the CPU where there is a GPU
+    device: str = "auto"  # auto, cuda, mps or cpu
     cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
     cache_folder: str = "data/cache"  # seen from the repository: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
@@ -124,13 +124,15 @@ def main(s: Settings):
             "be 0")
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
-    accelerator = start_accelerator("cpu" if s.cpu else "auto", s.accumulate, s.track, s.out, s.compile)
+    accelerator = start_accelerator(s.device, s.accumulate, s.track, s.out, s.compile)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "no" and not s.mixed_precision and not accelerator.state.deepspeed_plugin:
         precision = "auto"  # the launcher says "no" also where it was told nothing
     dtype = pick_dtype(precision, accelerator.device)
     shares = accelerator.num_processes * s.accumulate
     require(s.batch_size % shares == 0, f"--batch-size must be a multiple of {shares}, processes x --accumulate")
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    require(not fsdp or s.optimizer == "adamw", "--optimizer adamw8bit does not work with FSDP")
     run = Run(s.out, s, s.resume, accelerator)
     torch.manual_seed(s.seed)
 
@@ -170,11 +172,13 @@ def main(s: Settings):
     fitness = measure_fitness(teacher, evaluator)
     effect = "KD and features count less there" if s.weigh_teacher else "KD and features teach what is wrong there"
     accelerator.print(fitness.describe(s.resolution, effect))
+    run.log_once(**fitness._asdict())
     knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
     empty = batches.empty
     if s.store:
         rates = [s.caption_dropout] * s.store
         batches = TeacherStore(batches, lambda noisy, batch: predict_noise(teacher.unet, noisy, batch), rates, s.steps)
+        run.log_once(store_seconds=batches.seconds)
         if s.eval_every:
             evaluator.teacher_images(s.eval_samples)
         evaluator.teacher_images(s.final_samples)
@@ -185,9 +189,6 @@ def main(s: Settings):
         innermost = f"down_blocks.{len(student.down_blocks) - 1}"
         matching = tuple(name for name in block_names(student) if s.size == "sd_small" or name != innermost)
         with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks or matching, F.mse_loss, empty)
-    run.log_once(**fitness._asdict())
-    fsdp = accelerator.distributed_type == DistributedType.FSDP
-    require(not fsdp or s.optimizer == "adamw", "--optimizer adamw8bit does not work with FSDP")
     if s.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = fastest_kernels(run, student, dtype, auto=precision == "auto", steps=s.steps, batch_size=s.batch_size,
@@ -198,13 +199,13 @@ def main(s: Settings):
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
                       optimizer=s.optimizer, keep=s.keep)
     first_step = trainer.restore(run.folder) if s.resume else 0
-    run.begin("V-3", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    run.begin("V-3", first_step)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
             run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype))
 
         lr = trainer.lr
-        losses = torch.zeros(3, device=accelerator.device)  # task, KD, features; over the passes of a batch
+        losses = torch.zeros(4, device=accelerator.device)  # in all, task, KD, features: means over the batch's passes
         for part in range(s.accumulate):
             with accelerator.accumulate(trainer.model):
                 batch = batches.draw(step, s.caption_dropout, part=part, parts=s.accumulate)
@@ -226,11 +227,10 @@ def main(s: Settings):
                 kd_loss = F.mse_loss(noise_pred, torch.lerp(batch.noise, teacher_pred, known))
                 loss = s.task_weight * task_loss + s.kd_weight * kd_loss + s.feature_weight * feature_loss
                 trainer.step(loss)  # backward; after the last pass clip, AdamW, OneCycleLR, EMA
-                losses += torch.stack([task_loss, kd_loss, feature_loss]).detach() / s.accumulate
+                losses += torch.stack([loss, task_loss, kd_loss, feature_loss]).detach() / s.accumulate
 
         done = step + 1
-        task_loss, kd_loss, feature_loss = losses
-        loss = s.task_weight * task_loss + s.kd_weight * kd_loss + s.feature_weight * feature_loss
+        loss, task_loss, kd_loss, feature_loss = losses
         run.log_step(done, trainer, loss=loss, task_loss=task_loss, kd_loss=kd_loss, feature_loss=feature_loss, lr=lr)
         stopping = run.stop_requested(done)
         if stopping or due(done, s.save_every) or done == s.steps:

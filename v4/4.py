@@ -8,7 +8,7 @@ classifier-free guidance, and of each path the states at the timesteps that a sa
 student learns to go from one kept state to the next by one DDIM step of its own (arXiv 2010.02502, eq. 12; a and a' are the two
 cumulative alphas):
     step(z, eps) = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps,   loss = |step(z_k, eps(z_k)) - z_k+1|^2 / u,
-where u is what a unit error of eps misses by, squared, on the mean of the steps.
+where u = mean_k (sqrt(1 - a') - sqrt(a' (1 - a) / a))^2, what an error of 1 in eps costs, so that the loss is in eps' units.
 So it takes over the guidance (arXiv 2210.03142), needs one pass a step, and is trained at no other timestep; no pictures are
 needed, only captions.
 """
@@ -264,7 +264,7 @@ def main(s: Settings):
     few = dict(sampler="ddim-trailing", steps=s.passes, guidance=1.0)  # how the student draws
     parameters = dict(num_inference_steps=s.passes, guidance_scale=1.0)  # the same in the pipeline's words
     first_step = trainer.restore(run.folder) if s.resume else 0
-    run.begin("V-4", first_step, s.steps, batch_size=s.batch_size, log_every=s.log_every, max_bad_steps=s.max_bad_steps)
+    run.begin("V-4", first_step)
     for step in range(first_step, s.steps):
         if due(step, s.eval_every) and step not in run.evaluated:
             run.record(step, evaluator.evaluate(trainer.ema_student, s.eval_samples, dtype, **few))
