@@ -258,11 +258,17 @@ def train_reader(vae: AutoencoderKL, data: Path, pictures: torch.Tensor, val_pic
 
 
 def main(settings: Settings):
+    work = Path(settings.work)
+    work.mkdir(parents=True, exist_ok=True)
+    begun = {name: value for name, value in asdict(settings).items() if name not in ("out", "save_every")}
+    path = work / "settings.json"
+    before = json.loads(path.read_text("utf-8")) if path.exists() else begun
+    if any(before.get(name) != value for name, value in begun.items()):
+        raise SystemExit(f"error: {work} holds the stages of a training with other settings; choose another --work")
+    path.write_text(json.dumps(begun, indent=2), "utf-8")
     data = draw_mini()
     pictures, captions = load_split(data, "train")
     val_pictures, _ = load_split(data, "val")
-    work = Path(settings.work)
-    work.mkdir(parents=True, exist_ok=True)
     if settings.start:
         start = StableDiffusionPipeline.from_pretrained(settings.start, safety_checker=None)
         vae, tokenizer, unet, text_encoder = start.vae, start.tokenizer, start.unet, start.text_encoder
@@ -294,7 +300,6 @@ def main(settings: Settings):
     # diffusers loads fp16 files as fp32 unless told otherwise, transformers as the config says: let both say fp32
     text_encoder.config.dtype = torch.float32
     text_encoder.config.save_pretrained(Path(settings.out) / "text_encoder")
-    (work / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
     if not settings.start:  # the reader depends on the pictures and the autoencoder only
         train_reader(vae, data, pictures, val_pictures, settings)
     print(f"The teacher lies in {settings.out}")

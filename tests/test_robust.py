@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, process, refusal, run, run_apart
+from conftest import ROOT, process, refusal, run, run_apart, script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -365,3 +365,10 @@ def test_a_checkout_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(SystemExit, match="^error: --data: .* cannot be written to; choose another folder"):
         draw_mini(tmp_path / "mini")
+
+
+def test_stages_of_another_training_are_not_taken_for_ones_own(tmp_path):
+    train = script("checkpoints/train_mini_teacher.py")
+    (tmp_path / "settings.json").write_text('{"seed": 1}', "utf-8")
+    with pytest.raises(SystemExit, match="other settings; choose another --work"):
+        train.main(train.Settings(work=str(tmp_path)))
