@@ -161,6 +161,13 @@ def test_a_run_leaves_a_stock_student_a_log_and_its_sum_of_losses(short):
 
 
 @pytest.mark.slow
+def test_without_its_losses_the_teacher_is_not_asked(small_set, cache, tmp_path):
+    done = run(*command(small_set, cache, tmp_path / "alone", *SHORT, "--kd-weight", "0", "--feature-weight", "0"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(x["kd_loss"] == x["task_loss"] == x["loss"] for x in lines(tmp_path / "alone") if "loss" in x)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one(small_set, cache, one_process, tmp_path):
     done = run_apart("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                      "--mixed_precision", "no", "--dynamo_backend", "no", *command(small_set, cache, tmp_path / "two"))

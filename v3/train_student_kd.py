@@ -184,7 +184,7 @@ def main(s: Settings):
         evaluator.teacher_images(s.final_samples)
         teacher.unet = None  # nothing asks it from here on: its memory is free
 
-    with_features = None
+    with_features, distils = None, s.kd_weight or s.feature_weight  # or no loss needs the teacher's pass
     if s.feature_weight:  # sd_tiny's innermost block does not halve its output, the teacher's does
         innermost = f"down_blocks.{len(student.down_blocks) - 1}"
         matching = tuple(name for name in block_names(student) if s.size == "sd_small" or name != innermost)
@@ -214,7 +214,7 @@ def main(s: Settings):
                     teacher_pred, teacher_features = batch.teacher_pred, {}
                     if teacher_pred is None:
                         with torch.no_grad():
-                            teacher_pred = predict_noise(teacher.unet, noisy, batch)
+                            teacher_pred = predict_noise(teacher.unet, noisy, batch) if distils else batch.noise
                     known = knowledge[batch.timesteps].view(-1, 1, 1, 1)
                     if with_features:
                         teacher_features = with_features.teacher_hooks.take()
