@@ -30,9 +30,9 @@ def read_log(folder: Path) -> list[dict]:
 
 
 # What a resumed run may be told anew, since nothing that the student learns hangs on it (on shards the workers: see there);
-# of data and teacher the place, as `create` compares what lies there.
-MAY_CHANGE = ("data", "teacher", "device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "log_every",
-              "max_bad_steps")
+# of data and teacher the place, as `create` compares what lies there; of --start the weights, which the checkpoint replaces.
+MAY_CHANGE = ("data", "teacher", "start", "device", "workers", "cache_folder", "track", "push_to_hub", "save_every", "keep",
+              "log_every", "max_bad_steps", "half", "again")
 
 
 class Run:
