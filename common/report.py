@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common.files import full_disk_is_one_line, make_readable, put_in_place
+from common.sampling import make_scheduler
 from common.settings import first_line, require
 
 CELL_PX, LABEL_PX, MARGIN_PX = 112, 46, 64  # of a sheet: an image with its margin, the caption below, a row's name
@@ -178,15 +179,16 @@ def save_student(unet, teacher, folder: Path, card: ModelCard, scheduler=None, i
     put_in_place(partial, folder)
 
 
-def finish(folder: Path, title: str, student, teacher, evaluation, val_set, *, warning: str = "", scheduler=None,
+def finish(folder: Path, title: str, student, teacher, evaluation, val_set, *, warning: str = "", sampler: str = "",
            inference: dict | None = None, push_to_hub: str = ""):
     """Save the student in `<folder>/student`, print the closing table, and the `warning` once more, and upload the student
-    where a hub repository is named. A student that is drawn with another `scheduler` than the teacher's, or by other
+    where a hub repository is named. A student that needs a `sampler` of its own (`common.sampling.SAMPLERS`), or other
     parameters of the pipeline, says so."""
     scores = evaluation.scores
     title = f"{title}: {scores['parameters'] / 1e6:.2f} M student"
     card = model_card(title, teacher.name, val_set, scores, evaluation.teacher_scores, evaluation.how, warning,
-                      inference=inference, captions=evaluation.captions[:SHOWN])
+                      inference=inference, sampler=sampler, captions=evaluation.captions[:SHOWN])
+    scheduler = make_scheduler(sampler, teacher.noise_scheduler) if sampler else None
     save_student(student, teacher, folder / "student", card, scheduler, evaluation.images)
     print(f"\nThe student lies in {folder / 'student'}, samples and curves beside it. {evaluation.how}:\n")
     print(scores_table({"teacher": evaluation.teacher_scores, "student": scores}))
@@ -251,19 +253,21 @@ def card_on_hub(name: str) -> Path:
 def drawn_with(name: str) -> dict:
     """The options of `common.sampling.sample` that the card of a saved student, a folder or a hub id, names: {} for one that
     needs none of its own."""
-    said = card_of(name).get("inference")
+    card = card_of(name)
+    said = card.get("inference")
     parameters = said.get("parameters") if isinstance(said, dict) else None  # others' cards say `inference: true`
     if "guidance_scale" not in (parameters or {}):
         return {}
-    options, few = {"guidance": parameters["guidance_scale"]}, parameters.get("num_inference_steps")
-    return options | ({"sampler": "ddim-trailing", "steps": few} if few else {})
+    options, steps = {"guidance": parameters["guidance_scale"]}, parameters.get("num_inference_steps")
+    return options | ({"sampler": card.get("sampler", "ddim-trailing"), "steps": steps} if steps else {})
 
 
 def model_card(title: str, teacher_name: str, val_set, scores: dict, teacher_scores: dict, how: str, warning: str = "",
-               kind: str = "student", tag: str = "", inference: dict | None = None, captions: list[str] = ()) -> ModelCard:
+               kind: str = "student", tag: str = "", inference: dict | None = None, sampler: str = "",
+               captions: list[str] = ()) -> ModelCard:
     """The README.md of a saved student (or other `kind` of model), with the metadata block that the Hugging Face hub reads:
-    only what is known, and a `tag` of its own. `inference`: the pipeline's parameters that it should be drawn with.
-    `captions`: of the pictures beside it, which the hub shows as a gallery."""
+    only what is known, and a `tag` of its own. `inference`: the pipeline's parameters that it should be drawn with, by
+    `sampler`. `captions`: of the pictures beside it, which the hub shows as a gallery."""
     on_hub = not Path(teacher_name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher_name)
     teacher, data = (Path(os.path.abspath(place)).name for place in (teacher_name, val_set.root))  # "." has no name
     licence = licence_of(teacher_name)
@@ -274,7 +278,7 @@ def model_card(title: str, teacher_name: str, val_set, scores: dict, teacher_sco
     metadata = ModelCardData(
         model_name=title, library_name="diffusers", pipeline_tag="text-to-image", license=licence,
         base_model=teacher_name if on_hub else None, tags=["stable-diffusion", tag or "distillation"], eval_results=results,
-        **({"inference": {"parameters": inference}} if inference else {}),
+        **({"inference": {"parameters": inference}} if inference else {}), **({"sampler": sampler} if sampler else {}),
         **({"widget": [{"text": caption, "output": {"url": f"sample-{i}.png"}} for i, caption in enumerate(captions)]}
            if captions else {}))
     samples = scores.get("samples")

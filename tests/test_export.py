@@ -329,6 +329,12 @@ def test_draw_onnx_never_visits_the_timestep_before_the_first(teacher, tmp_path,
         visited.clear()
         done = run("v3/draw_onnx.py", "--model", tmp_path, "--steps", steps, "--guidance", 1, "--out", tmp_path / "p.png")
         assert done.returncode == 0 and len(visited) == steps and min(visited) >= 0, done.stderr
+    scheduler = DDIMScheduler.from_config(teacher.noise_scheduler.config)  # as a student of --progressive is drawn
+    scheduler.set_timesteps(25)
+    export.write_drawing(teacher, {"sampler": "ddim", "steps": 25, "guidance": 1.0}, tmp_path)
+    visited.clear()
+    done = run("v3/draw_onnx.py", "--model", tmp_path, "--out", tmp_path / "p.png")
+    assert done.returncode == 0 and visited == scheduler.timesteps.tolist(), done.stderr
 
 
 def test_the_exporter_gets_a_name_as_only_then_it_writes_more_than_2_gib(teacher, tmp_path, monkeypatch):

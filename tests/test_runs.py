@@ -78,8 +78,10 @@ def test_outputs_are_complete_and_stock(unbroken):
     assert (out / "curves.png").is_file() and (out / "samples" / "step_000012.png").is_file()
     pipeline = StableDiffusionPipeline.from_pretrained(out / "student", safety_checker=None)
     assert pipeline.unet.config.sample_size == 8
-    sampler = "DDIM" if name == "v1" else "DDPM"  # what progressive distillation learns are DDIM's steps
-    assert type(pipeline.scheduler).__name__ == f"{sampler}Scheduler" and f"3 {sampler} steps" in printed
+    steps, sampler = (25, "DDIM") if name == "v1" else (3, "DDPM")  # progressive distillation's student knows those alone
+    assert type(pipeline.scheduler).__name__ == f"{sampler}Scheduler" and f"{steps} {sampler} steps" in printed
+    own = {"guidance": 5.0, "sampler": "ddim", "steps": 25} if name == "v1" else {}
+    assert drawn_with(str(out / "student")) == own
     assert [x["step"] for x in lines(out) if "evaluation" in x] == [8, 12]
     assert [x["step"] for x in lines(out) if "loss" in x] == list(range(1, 13))
     assert [x["step"] for x in comparable(lines(out))] == [8]  # the last evaluation has more samples: no point of the curve

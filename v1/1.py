@@ -9,7 +9,8 @@ only the timesteps are left that a 25-step sampler visits. The loss on a noisy l
 f_k being the output of block k, caught by a forward hook, s_k its channels' root mean squares in the teacher, and P_k a
 `ConvProjection` (common/features.py), trained with the student and dropped in the end. The student's start and every
 P_k come from one map of the student's channels into the teacher's. With `--progressive` the shortened stages learn by
-progressive distillation instead: one DDIM step of the student does what two of the chain before did.
+progressive distillation instead: one DDIM step of the student does what two of the chain before did. It is then drawn in as
+many of them as the last chain has.
 With `--weigh-teacher`, the default, features count at each noise level as far as the teacher knows more than a blind guess.
 """
 
@@ -36,7 +37,7 @@ from common.mini import caption_scores
 from common.precision import fastest_kernels, pick_dtype
 from common.report import check_hub, finish, summary
 from common.run import Run
-from common.sampling import ddim_step, make_scheduler
+from common.sampling import ddim_step
 from common.settings import parse, require, start
 from common.slicing import slice_unet, student_config
 from common.teacher import DDPMScheduler, UNet2DConditionModel, load_teacher
@@ -83,7 +84,7 @@ class Settings:
     feature_blocks: tuple[str, ...] = ("down_blocks.0", "down_blocks.1.attentions.1", "up_blocks.0", "up_blocks.1")
     # evaluation
     features: Literal["inception", "effnet-lite0"] = "inception"  # inception: FID, LPIPS; effnet-lite0: the embedded world's
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how pictures are drawn; with --progressive, which learns its steps, always ddim
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # how pictures are drawn; --progressive: its last chain's DDIM steps
     sample_steps: int = 25  # of the sampler
     guidance: float = 5.0  # classifier-free guidance scale
     eval_every: int = 5_000  # steps between small evaluations; 0: none
@@ -173,7 +174,7 @@ def main(s: Settings):
     in_range = s.chains and all(1 <= chain <= 1000 for chain in s.chains)
     require(in_range and falling, "--chains must lie in 1..1000 and not rise")
     require(all(1000 % chain == 0 for chain in s.chains), "--chains must divide 1000")
-    halving = all(a == 2 * b for a, b in zip(s.chains, s.chains[1:]) if a < 1000)
+    halving = s.chains[-1] < 1000 and all(a == 2 * b for a, b in zip(s.chains, s.chains[1:]) if a < 1000)
     require(halving or not s.progressive, "--progressive needs chains that halve after the first that is shortened, such as "
             "--chains 1000,200,100,50,25")
     shares = len(s.stage_percent) == len(s.chains) and min(s.stage_percent) > 0
@@ -237,7 +238,10 @@ def main(s: Settings):
     trainer = Trainer(accelerator, student, with_features, dtype=dtype, steps=s.steps, batch_size=s.batch_size, lr=s.lr,
                       warmup=s.warmup, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay,
                       also_saved=also_saved)
-    student_sampling = {"sampler": "ddim"} if s.progressive else {}  # where it draws in another way than the teacher
+    student_sampling, how = {}, {}  # where it draws in another way than the teacher, in our words and in the card's
+    if s.progressive:  # it knows the last chain's steps alone
+        student_sampling = {"sampler": "ddim", "steps": s.chains[-1]}
+        how = {"sampler": "ddim", "inference": {"num_inference_steps": s.chains[-1], "guidance_scale": s.guidance}}
     first_step = trainer.restore(run.folder) if s.resume else 0
     run.begin("V-1", first_step)
     for step in range(first_step, s.steps):
@@ -285,8 +289,7 @@ def main(s: Settings):
     run.record(s.steps, evaluation)
     if accelerator.is_main_process:
         finish(run.folder, "V-1", trainer.ema_student, teacher, evaluation, val_set,
-               warning=warning, scheduler=make_scheduler("ddim", noise_scheduler) if s.progressive else None,
-               push_to_hub=s.push_to_hub)
+               warning=warning, push_to_hub=s.push_to_hub, **how)
     accelerator.end_training()
 
 

@@ -244,8 +244,9 @@ def write_drawing(model: Teacher, how: dict, folder: Path):
     tokenizer.enable_truncation(tokens)
     tokenizer.enable_padding(length=tokens, pad_id=model.tokenizer.pad_token_id, pad_token=model.tokenizer.pad_token)
     tokenizer.save(str(folder / "tokenizer.json"))
-    scheduler = make_scheduler("ddim-trailing", model.noise_scheduler)
-    drawing = {"steps": how.get("steps", 25), "guidance": how.get("guidance", 5.0),
+    steps, scheduler = how.get("steps", 25), make_scheduler(how.get("sampler", "ddim-trailing"), model.noise_scheduler)
+    scheduler.set_timesteps(steps)
+    drawing = {"steps": steps, "guidance": how.get("guidance", 5.0), "timesteps": scheduler.timesteps.tolist(),
                "alphas_cumprod": scheduler.alphas_cumprod.tolist(), "last_alpha": scheduler.final_alpha_cumprod.item()}
     (folder / "drawing.json").write_text(json.dumps(drawing), "utf-8")
 

@@ -299,7 +299,7 @@ def main(s: Settings):
         for found in filter(None, (teacher_rows, rows)):
             print(f"\n{scores_table(found)}")
         finish(run.folder, "V-4", trainer.ema_student, teacher, evaluation, val_set,
-               warning=fitness.warning(s.resolution, effect), scheduler=trajectories.scheduler, inference=parameters,
+               warning=fitness.warning(s.resolution, effect), sampler="ddim-trailing", inference=parameters,
                push_to_hub=s.push_to_hub)
     accelerator.end_training()
 
