@@ -28,8 +28,8 @@ from common.slicing import slice_unet
 pytest.importorskip("webdataset", reason="pip install -r v3/requirements.txt")
 pytest.importorskip("tensorboard", reason="pip install -r v3/requirements.txt")
 prepare_unet_small = script("v3/prepare_unet_small.py")
-coco_dataset = script("v3/coco_dataset.py")
-
+script("v3/data.py")
+import coco_dataset  # by its own name, by which workers that are not forked import it
 
 WEIGHTS = "student/unet/diffusion_pytorch_model.safetensors"
 
@@ -327,6 +327,7 @@ def test_shards_of_another_set_or_size_are_not_mixed(small_set, shards):
         assert "another --out" in refusal("v3/data.py", "--data", small_set, *other, "--out", shards)
 
 
+@pytest.mark.usefixtures("v3_in_path")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_without_a_usable_sample_end_in_one_line(teacher, tmp_path, workers):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
