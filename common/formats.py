@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,7 +137,8 @@ def read_metadata(path: Path, part: tuple[float, float]):
     captions = {}
     for row in jsonl_rows(path) if path.suffix == ".jsonl" else csv_rows(path):
         found = captions_of(row.get("text")) or captions_of(row.get("caption")) or captions_of(row.get("captions"))
-        captions.setdefault(row["file_name"] or "", []).extend(found)
+        name = posixpath.normpath(row["file_name"]) if row["file_name"] else ""  # "./a.jpg" is a.jpg
+        captions.setdefault(name, []).extend(found)
     for name in sorted(captions):
         if is_in(part, name):
             yield name, [name], captions[name]
@@ -160,6 +162,9 @@ def csv_rows(path: Path) -> Iterator[dict]:
     try:
         require("file_name" in (rows.fieldnames or []), f"{path}, line 1: no column file_name; name the columns there, with "
                                                         "commas between them: file_name,text")
-        yield from rows
+        for row in rows:
+            require(None not in row, f"{path}, line {rows.reader.line_num}: more fields than columns; put a caption that holds "
+                                     'commas between quotes: a.jpg,"a cat, asleep"')
+            yield row
     except csv.Error as error:
         raise SystemExit(f"error: {path}, line {rows.reader.line_num}: no CSV ({error}); mend the line or remove it") from None

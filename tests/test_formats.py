@@ -158,6 +158,13 @@ def test_a_csvs_captions_may_hold_commas_quotes_and_lines(tmp_path):
     assert dataset.skipped == {"missing file": 1}
 
 
+def test_one_picture_may_be_named_in_two_ways(tmp_path):
+    put(tmp_path / "sub" / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n./sub/a.png,one\nsub//a.png,two\n", "utf-8")
+    dataset = opened(tmp_path)
+    assert dataset.files == ["sub/a.png"] and dataset.captions == [["one", "two"]]
+
+
 # ---- what cannot be used is one line ----
 
 
@@ -170,6 +177,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path, line):
 
 @pytest.mark.parametrize("text, wrong", [
     ("", "line 1: no column file_name"), ("image;text\na.png;x\n", "line 1: no column file_name"),
+    ("file_name,text\na.png,x\na.png,1girl, solo\n", "line 3: more fields than columns"),
     ('file_name,text\na.png,"x"\na.png,"y" z\n', "line 3: no CSV"), ('file_name,text\na.png,"x\n', "line 2: no CSV")])
 def test_what_is_no_csv_is_named(tmp_path, text, wrong):
     put(tmp_path / "a.png")
