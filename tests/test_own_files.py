@@ -486,6 +486,36 @@ def write(root, out, **options):
     return [sample for sample in coco_dataset.samples(coco_dataset.find_shards(str(out)))]
 
 
+def test_what_a_kill_left_of_a_shard_is_removed(small_set, tmp_path):
+    tmp_path.joinpath("00000.partial-7").write_bytes(b"half")
+    assert len(write(small_set, tmp_path, shard_size=24)) == 48
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00001.tar", "shards.json"]
+
+
+def test_a_download_goes_on_with_its_own_list_only(tmp_path, monkeypatch):
+    """img2dataset goes by the numbers of the shards that are there, so it would call another list's download done."""
+    called = []
+    monkeypatch.setitem(sys.modules, "img2dataset", SimpleNamespace(download=lambda **options: called.append(options)))
+    lists = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for number, path in enumerate(lists):
+        path.write_text("URL,TEXT\n" + f"http://127.0.0.1/{number}.jpg,a cat\n" * (number + 1), "utf-8")
+
+    def download(path, **options):
+        data.main(data.Settings(urls=str(path), out=str(tmp_path / "out"), **options))
+
+    download(lists[0])
+    download(lists[0])
+    assert [call["url_list"] for call in called] == [str(lists[0])] * 2
+    for path, options in ((lists[1], {}), (lists[0], {"shard_size": 5})):
+        with pytest.raises(SystemExit, match="another list or set"):
+            download(path, **options)
+    (tmp_path / "out" / "urls.txt").unlink()
+    (tmp_path / "out" / "00000.tar").write_bytes(b"")
+    with pytest.raises(SystemExit, match="another list or set"):
+        download(lists[0])
+    assert len(called) == 2
+
+
 def test_shards_hold_whatever_the_folder_reader_reads(tmp_path, capsys):
     kinds = {".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".jfif": "JPEG", ".JPG": "JPEG", ".webp": "WEBP", ".jp2": "JPEG2000",
              ".PNG": "PNG", "": "PNG", ".json": "PNG", ".txt": "PNG", ".v2.png": "PNG"}

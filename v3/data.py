@@ -4,7 +4,7 @@
     python v3/data.py --urls laion.parquet --out data/shards                     # URLs and captions, through img2dataset
     python v3/data.py --check data/shards                                        # verify, count what is broken
 
-Stopped at any point, the same command goes on: a shard that stands under its name is whole.
+Stopped at any point, the same command goes on: a shard that stands under its name is whole; of --urls, one with a _stats.json.
 """
 
 import json
@@ -24,7 +24,7 @@ from coco_dataset import IMAGE_EXTENSIONS, decode_sample, find_shards, sample_ca
 from tqdm import tqdm
 
 from common.coco import CocoCaptions
-from common.files import from_root, full_disk_is_one_line, make_folder, put_in_place, read_text, write_atomically
+from common.files import fingerprint, from_root, full_disk_is_one_line, make_folder, put_in_place, read_text, write_atomically
 from common.settings import parse, require, start
 
 
@@ -58,6 +58,8 @@ def write_shards(s: Settings):
             f"{out} holds shards that are not known to be of this set; choose another --out")
     starts = range(0, len(dataset), s.shard_size)
     written = 0
+    for left in out.glob("*.partial-*"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     try:
         with full_disk_is_one_line(out, "whole shards are kept"):
             write_atomically(note, content.encode())
@@ -117,6 +119,15 @@ def download_urls(s: Settings):
         from img2dataset import download
     except ImportError:
         raise SystemExit("error: a list of URLs needs img2dataset: pip install img2dataset") from None
+    out = make_folder(Path(s.out), "--out")
+    # img2dataset goes on by shard numbers alone, whatever the list, and takes every .json for its own
+    note, listed = out / "urls.txt", os.stat(s.urls)
+    content = fingerprint(listed.st_size, listed.st_mtime_ns, s.url_column, s.caption_column, s.shard_size, s.size_px)
+    known = read_text(note) if note.is_file() else None
+    require(known == content if known else not any(out.glob("*.tar")),
+            f"{out} holds shards of another list or set, of this one before it changed, or of another size; choose another "
+            "--out")
+    write_atomically(note, content.encode())
     download(url_list=s.urls, input_format=kind, url_col=s.url_column, caption_col=s.caption_column, output_folder=s.out,
              output_format="webdataset", image_size=s.size_px, resize_mode="keep_ratio", resize_only_if_bigger=True,
              number_sample_per_shard=s.shard_size, processes_count=s.processes, thread_count=s.threads,
