@@ -307,6 +307,12 @@ def test_onnx_draws_what_the_pipeline_draws(teacher, tmp_path, shape, card):
     assert np.abs(expected[0] - expected[1]).max() > 20  # it listens to noise and prompt
 
 
+@pytest.mark.parametrize("sampler, spacing", [("ddim", "leading"), ("ddim-trailing", "trailing")])
+def test_what_a_single_file_cannot_say_names_the_students_own_timesteps(teacher, sampler, spacing):
+    lines = export.not_in_the_file(teacher, {"sampler": sampler, "steps": 25, "guidance": 5.0})
+    assert lines[-1] == f"not in the file: draw with DDIM, {spacing}, 25 steps, guidance 5"
+
+
 def test_draw_onnx_never_visits_the_timestep_before_the_first(teacher, tmp_path, monkeypatch):
     """With networks that give nothing but zeros."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r v3/requirements.txt")

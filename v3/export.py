@@ -137,7 +137,8 @@ def not_in_the_file(model: Teacher, how: dict) -> list[str]:
     lines = [f"not in the file: {name}, {ours} here, {theirs} in SD-1.5" for name, (ours, theirs) in differs.items()
              if ours != theirs]
     if how:
-        few = f"DDIM, trailing, {how['steps']} steps, " if "steps" in how else ""
+        spacing = "trailing" if how.get("sampler") == "ddim-trailing" else "leading"
+        few = f"DDIM, {spacing}, {how['steps']} steps, " if "steps" in how else ""
         lines.append(f"not in the file: draw with {few}guidance {how['guidance']:g}")
     return lines
 
