@@ -9,6 +9,7 @@ import argparse
 import calendar
 import contextlib
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -52,8 +53,8 @@ def download(url: str, path: Path) -> Path:
         if error.code != 416:  # 416: the part is whole already
             raise SystemExit(f"error: {url}: {error}") from None
         total = have
-    except OSError as error:
-        raise SystemExit(f"error: {url}: {error}; run again to go on") from None
+    except (OSError, http.client.HTTPException) as error:  # the second: cut off in a chunk, or no HTTP at all
+        raise SystemExit(f"error: {url}: {error!r}; run again to go on") from None
     if total and part.stat().st_size != total:
         raise SystemExit(f"error: {path.name} was cut off at {part.stat().st_size:,} of {total:,} bytes; run again to go on")
     try:

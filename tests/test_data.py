@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import http.client
 import http.server
 import json
 import re
@@ -247,6 +248,15 @@ def test_download_resumes_checks_and_unpacks_safely(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="make room"):
         download_coco.main(["--out", str(out), "--base", base])
     server.shutdown()
+
+
+def test_an_answer_that_is_no_http_is_one_line(tmp_path, monkeypatch):
+    def answer(*_, **__):
+        raise http.client.BadStatusLine("hello")
+
+    monkeypatch.setattr(download_coco.urllib.request, "urlopen", answer)
+    with pytest.raises(SystemExit, match="BadStatusLine.*run again to go on"):
+        download_coco.download("http://127.0.0.1/a.zip", tmp_path / "a.zip")
 
 
 def test_a_set_that_is_made_again_is_the_same_set(small_set, tmp_path):
