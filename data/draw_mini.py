@@ -254,8 +254,8 @@ def draw_mini(root: Path = ROOT, option: str = "--data") -> Path:
 
 
 def _draw(root: Path):
-    partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a drawing that was killed
     (partial / "annotations").mkdir(parents=True)
     scenes, painter, first = plan_set(sum(SPLITS.values())), Painter(), 0
     with tqdm(total=len(scenes), desc=f"drawing {root.name}", unit="img") as bar:
