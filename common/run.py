@@ -48,8 +48,6 @@ class Run:
     def __init__(self, out: str, settings, resume: bool, accelerator):
         self.folder, self.accelerator, self.main = Path(out), accelerator, accelerator.is_main_process
         self.settings = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("resume", "out")}
-        self.steps, self.batch_size = settings.steps, settings.batch_size
-        self.log_every, self.max_bad_steps = settings.log_every, settings.max_bad_steps
         path = self.folder / "settings.json"
         # a folder without a checkpoint counts as empty, so a run that failed early can be started again with other settings
         self.begun = path.is_file() and any(self.folder.glob("checkpoint-*[0-9]"))
@@ -113,7 +111,9 @@ class Run:
     def begin(self, title: str, first_step: int):
         """Start the clock and the bar; from here to the last step Ctrl-C and SIGTERM only ask the loop to stop. What was
         logged after `first_step` is forgotten: it will be logged again."""
-        self.first_step, steps = first_step, self.steps
+        self.first_step, self.batch_size = first_step, self.settings["batch_size"]
+        self.log_every, self.max_bad_steps = self.settings["log_every"], self.settings["max_bad_steps"]
+        self.steps = steps = self.settings["steps"]
         kept = [line for line in read_log(self.folder) if line["step"] <= first_step] if first_step else []
         kept = [line for line in kept if line["step"] < steps or "loss" in line]  # the last evaluation is made again
         self.evaluated = {line["step"] for line in kept if "evaluation" in line}

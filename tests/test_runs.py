@@ -333,7 +333,7 @@ def test_the_guided_prediction_is_the_pipelines(teacher):
     states, empty = (encode_captions(teacher.text_encoder, teacher.tokenizer, texts) for texts in (captions, [""]))
     batch = Batch(noise, states, noise, torch.tensor([999, 999]))
     with torch.no_grad():
-        found = script("v2/2.2.py").ask(teacher.unet, noise, batch, empty, 3.0)
+        found = script("v2/2.2.py").teacher_noise(teacher.unet, noise, batch, empty, 3.0)
     landed = scheduler.step(found, 999, noise).prev_sample
     torch.testing.assert_close(landed, want, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
