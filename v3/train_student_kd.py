@@ -172,7 +172,6 @@ def main(s: Settings):
     fitness = measure_fitness(teacher, evaluator)
     effect = "KD and features count less there" if s.weigh_teacher else "KD and features teach what is wrong there"
     accelerator.print(fitness.describe(s.resolution, effect))
-    run.log_once(**fitness._asdict())
     knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
     empty = batches.empty
     if s.store:
@@ -189,6 +188,7 @@ def main(s: Settings):
         innermost = f"down_blocks.{len(student.down_blocks) - 1}"
         matching = tuple(name for name in block_names(student) if s.size == "sd_small" or name != innermost)
         with_features = StudentWithFeatures(student, teacher.unet, s.feature_blocks or matching, F.mse_loss, empty)
+    run.log_once(**fitness._asdict())
     if s.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = fastest_kernels(run, student, dtype, auto=precision == "auto", steps=s.steps, batch_size=s.batch_size,
