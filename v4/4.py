@@ -101,7 +101,7 @@ class Settings:
 MINI = dict(  # the student is the teacher's outermost level, whole, and half of the next, as the real world's is
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
     out="checkpoints/v4-mini", channels=(64, 48), teacher_steps=(2, 2, 2, 4), trajectories=3_000, learned_guidance=3.0,
-    steps=800, lr=2e-3, ema_decay=0.99, features="effnet-lite0", guidance=3.0, eval_every=400, eval_samples=100,
+    steps=800, lr=1e-3, ema_decay=0.99, features="effnet-lite0", guidance=3.0, eval_every=400, eval_samples=100,
     final_samples=1_000, workers=0, save_every=200,
 )
 
