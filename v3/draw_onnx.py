@@ -47,7 +47,7 @@ def main():
     latents = np.random.default_rng(options.seed).standard_normal((1, *unet.get_inputs()[0].shape[1:]), np.float32)
     timesteps = np.round(np.arange(len(alphas), 0, -len(alphas) / steps)).astype(np.int64) - 1  # "trailing" (arXiv 2305.08891)
     if steps == drawing["steps"]:
-        timesteps = np.array(drawing["timesteps"])  # those that the student was made for
+        timesteps = np.array(drawing.get("timesteps", timesteps))  # those that the student was made for
     for t in timesteps[:steps]:  # of 61 and other steps rounding makes one more
         inputs = {"sample": latents.repeat(len(texts), 0), "timestep": np.array(t), "encoder_hidden_states": captions}
         noise_preds = unet.run(None, inputs)[0]  # (n, 4, h, w)
