@@ -1,6 +1,7 @@
 """What people look at: the model card that the hub reads, the closing table, curves, sheets."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,3 +178,15 @@ def test_the_table_of_a_comparison_that_has_only_begun_holds_the_runs_that_are_d
         " V-2.1 of the teacher as it is "], done.stderr
     script("bench/compare.py").write_sheet({"V-2.1": [finished], "V-2.2": [begun]}, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").height == 2 * report.CELL_PX + report.LABEL_PX
+
+
+@pytest.mark.slow
+def test_the_bench_times_every_part_of_the_embedded_world(small_set, cache, monkeypatch, capsys):
+    speed = script("bench/speed.py")
+    usual = speed.v22_settings
+    monkeypatch.setattr(speed, "v22_settings", lambda s: replace(usual(s), data=str(small_set), cache_folder=str(cache)))
+    speed.main(speed.Settings(batch=2, rounds=1, pictures=2))
+    printed = capsys.readouterr().out
+    assert printed.startswith("\ndevice: cpu") or "peak " in printed
+    assert "largest difference to the pipeline's pictures" in printed
+    assert [ours for ours in speed.AGAINST if f"{ours} against {speed.AGAINST[ours]}: " not in printed] == ["evaluation"]
