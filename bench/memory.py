@@ -37,14 +37,15 @@ from common.sampling import decode_latents
 from common.settings import parse, start
 from common.teacher import DDPMScheduler, Teacher, UNet2DConditionModel
 
-ROWS = {  # name: script and how many draws its store holds
-    "V-1": ("v1/1.py", 0),
-    "V-2.1": ("v2/2.1.py", 0),
-    "V-2.2": ("v2/2.2.py", 4),
-    "V-2.2, --store 0": ("v2/2.2.py", 0),
-    "V-3": ("v3/train_student_kd.py", 0),
-    "V-4": ("v4/4.py", 0),
-    "adapting the teacher": ("checkpoints/adapt_teacher.py", 0),
+ROWS = {  # name: script and settings
+    "V-1": ("v1/1.py", {}),
+    "V-2.1": ("v2/2.1.py", {}),
+    "V-2.2": ("v2/2.2.py", {}),
+    "V-2.2, --store 0": ("v2/2.2.py", {"store": 0}),
+    "V-3": ("v3/train_student_kd.py", {}),
+    "V-3, --store 0 --feature-weight 0.1": ("v3/train_student_kd.py", {"store": 0, "feature_weight": 0.1}),
+    "V-4": ("v4/4.py", {}),
+    "adapting the teacher": ("checkpoints/adapt_teacher.py", {}),
 }
 
 
@@ -195,13 +196,14 @@ class Measurement:
         return mock.MagicMock()
 
 
-def measure(script: str, s: Settings, store: int = 0) -> dict:
-    """One version's row, in GiB. The student's states are its weights, gradients, AdamW's moments and the EMA; what the peak
-    holds beyond them and the frozen parts stands under activations, of which many are gone once all gradients are there."""
+def measure(script: str, s: Settings, **changes) -> dict:
+    """One version's row, in GiB, with `changes` to its settings. The student's states are its weights, gradients, AdamW's
+    moments and the EMA; what the peak holds beyond them and the frozen parts stands under activations, of which many are gone
+    once all gradients are there."""
     version = load(script)
     own = version.Settings()
-    changed = dict(steps=s.steps, batch_size=s.batch_size or own.batch_size, store=store,
-                   device="cpu", dtype="bf16", mixed_precision="bf16")
+    changed = dict(steps=s.steps, batch_size=s.batch_size or own.batch_size, device="cpu", dtype="bf16", mixed_precision="bf16",
+                   **changes)
     for name, value in changed.items():
         if hasattr(own, name):
             setattr(own, name, value)
@@ -222,7 +224,7 @@ def measure(script: str, s: Settings, store: int = 0) -> dict:
 
 def main(s: Settings):
     print("GiB, SD-1.5's size, bf16 autocast\n")
-    print(table({name: measure(script, s, store) for name, (script, store) in ROWS.items()}))
+    print(table({name: measure(script, s, **changes) for name, (script, changes) in ROWS.items()}))
 
 
 if __name__ == "__main__":

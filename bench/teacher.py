@@ -31,7 +31,7 @@ VERSIONS = {  # name: script and options
     "V-2.1": ("v2/2.1.py", STUDENT),
     "V-2.2": ("v2/2.2.py", STUDENT),
     "V-2.2 that believes all": ("v2/2.2.py", [*STUDENT, "--no-weigh-teacher"]),
-    "V-3": ("v3/train_student_kd.py", []),
+    "V-3 with features": ("v3/train_student_kd.py", ["--feature-weight", 0.1, "--store", 0]),
 }
 FIRST = ("V-2.1", "V-2.2", "V-2.2 that believes all")
 SHOWN = (METRICS[1], METRICS[2], *METRICS[4:6])

@@ -17,7 +17,8 @@ VERSIONS = {
     "v2.1": ["v2/2.1.py", "--channels", "16,32"],
     "v2.2": ["v2/2.2.py", "--channels", "16,32", "--store", "0", "--no-cache", "--flip"],
     "v2.2 store": ["v2/2.2.py", "--channels", "16,32", "--store", "1"],
-    "v3": ["v3/train_student_kd.py", "--channels", "32,48,64"],
+    "v3": ["v3/train_student_kd.py", "--channels", "32,48,64", "--feature-weight", "0.1", "--store", "0"],
+    "v3 store": ["v3/train_student_kd.py", "--channels", "32,48,64"],
     "v4": ["v4/4.py", "--channels", "16,32", "--trajectories", "8", "--passes", "2", "--teacher-steps", "1,2",
            "--also-passes", "", "--teacher-passes", ""],
     "adapt": ["checkpoints/adapt_teacher.py", "--rank", "2"],
@@ -32,7 +33,7 @@ def on_a_device(kind, *arguments, program=None, environment=None):
 
 def command(name, small_set, folder, dtype):
     script, *own = VERSIONS[name]
-    precision = ["--mixed-precision", "no" if dtype == "fp32" else dtype] if name == "v3" else ["--dtype", dtype]
+    precision = ["--mixed-precision", "no" if dtype == "fp32" else dtype] if script.startswith("v3") else ["--dtype", dtype]
     return [script, "--mini", "--data", small_set, "--steps", "3", "--batch-size", "4", "--eval-every", "0",
             "--final-samples", "2", "--sample-steps", "1", "--save-every", "2", "--log-every", "1",
             "--cache-folder", folder / "cache", "--out", folder / "run", *precision, *own]

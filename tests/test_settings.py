@@ -16,9 +16,8 @@ SCRIPTS = ("v1/1.py", "v2/2.1.py", "v2/2.2.py", "v3/train_student_kd.py", "v4/4.
 FIELD = re.compile(r"^    (\w+): ([^=\n]+) = (.*?)(?:  # (.*))?$", re.M)
 DIFFERENT = {  # on purpose: what each version has its own default or words for
     "out": "each version's own folder",
-    "cache": "V-2.2's store needs it",
-    "store": "V-3 has it without features only, and off",
-    "feature_weight": "V-3's may leave the teacher running",
+    "cache": "V-2.2's and V-3's stores need it",
+    "feature_weight": "V-3's takes the teacher's passes and is off",
     "feature_blocks": "V-3 takes all that fit",
     "channels": "V-3's student has other levels",
     "random_start": "V-3's start is not sliced where the widths stay",

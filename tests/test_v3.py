@@ -32,6 +32,8 @@ script("v3/data.py")
 import coco_dataset  # by its own name, by which workers that are not forked import it
 
 WEIGHTS = "student/unet/diffusion_pytorch_model.safetensors"
+FEATURES = ["--feature-weight", "0.1", "--store", "0"]
+STORE = ["--feature-weight", "0", "--store", "2"]
 
 
 def command(small_set, cache, out, *more) -> list[str]:
@@ -40,7 +42,7 @@ def command(small_set, cache, out, *more) -> list[str]:
             "--val-split", "val", "--resolution", "32", "--channels", "32,48,64", "--steps", "20", "--batch-size", "8",
             "--features", "effnet-lite0", "--eval-every", "0", "--final-samples", "8", "--eval-batch", "4",
             "--sample-steps", "2", "--save-every", "5", "--log-every", "1", "--device", "cpu", "--mixed-precision", "no",
-            "--track", "tensorboard", "--cache-folder", str(cache), "--out", str(out), *more]
+            "--track", "tensorboard", "--cache-folder", str(cache), "--out", str(out), *FEATURES, *more]
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +169,15 @@ def test_without_its_losses_the_teacher_is_not_asked(small_set, cache, tmp_path)
     assert all(x["kd_loss"] == x["task_loss"] == x["loss"] for x in lines(tmp_path / "alone") if "loss" in x)
 
 
+def on_two_processes(arguments: list[str]):
+    done = run_apart("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                     "--mixed_precision", "no", "--dynamo_backend", "no", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(small_set, cache, one_process, tmp_path):
-    done = run_apart("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                     "--mixed_precision", "no", "--dynamo_backend", "no", *command(small_set, cache, tmp_path / "two"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes(command(small_set, cache, tmp_path / "two"))
     one, two = lines(one_process), lines(tmp_path / "two")
     assert len(one) == len(two) and len(losses(one_process)) == 20
     for a, b in zip(losses(one_process), losses(tmp_path / "two"), strict=True):
@@ -199,10 +205,9 @@ def test_accumulated_passes_train_as_one(small_set, cache, request, tmp_path, wh
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [SHORT, []], ids=["short", "whole"])
 def test_the_teacher_store_serves_v3(small_set, tmp_path, options):
-    own = ["--store", "2", "--feature-weight", "0", *options]
     logs = []
     for name, more in (("one", []), ("accumulated", ["--accumulate", "2"])):
-        done = run(*command(small_set, tmp_path / "cache", tmp_path / name, *own, *more))
+        done = run(*command(small_set, tmp_path / "cache", tmp_path / name, *STORE, *options, *more))
         assert done.returncode == 0, done.stderr[-2000:]
         assert ("caching teacher" in done.stderr) == (name == "one")
         logs.append(lines(tmp_path / name))
@@ -210,6 +215,17 @@ def test_the_teacher_store_serves_v3(small_set, tmp_path, options):
         if "loss" in a:
             assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"] and a["feature_loss"] == 0, (a, b)
     assert len(list((tmp_path / "cache").glob("pairs-*/teacher-*.npy"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_make_and_read_one_store(small_set, tmp_path):
+    on_two_processes(command(small_set, tmp_path / "cache", tmp_path / "two", *STORE, *SHORT))
+    done = run(*command(small_set, tmp_path / "other", tmp_path / "one", *STORE, *SHORT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert abs(a - b) < 1e-4 * a, (a, b)
+    stores = [[np.load(f) for f in sorted((tmp_path / name).glob("pairs-*/teacher-*.npy"))] for name in ("cache", "other")]
+    assert len(stores[0]) == 2 and all(np.array_equal(a, b) for a, b in zip(*stores, strict=True))
 
 
 @pytest.mark.slow
@@ -264,7 +280,10 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, one
 @pytest.mark.parametrize("arguments, message", [
     (["--size", "sd_huge"], "--size"), (["--batch-size", "7", "--accumulate", "2"], "multiple"),
     (["--channels", "32,48"], "3 widths"), (["--shards", "nowhere"], "v3/data.py"),
-    (["--feature-blocks", "mid_block"], "mid_block"), (["--store", "1"], "--feature-weight 0"),
+    (["--feature-blocks", "mid_block"], "mid_block"), (["--store", "1"], "add --store 0"),
+    (["--feature-weight", "0", "--store", "1", "--shards", "nowhere"], "add --store 0"),
+    (["--feature-weight", "0", "--store", "1", "--kd-weight", "0"], "add --store 0"),
+    (["--feature-weight", "0", "--store", "1", "--no-cache"], "--store 0"),
 ])
 def test_a_users_mistake_is_one_clear_line(small_set, cache, tmp_path, arguments, message):
     assert message in refusal(*command(small_set, cache, tmp_path / "x", *arguments))

@@ -2,13 +2,14 @@
 
     python v3/train_student_kd.py --mini                            # the embedded world, one process
     accelerate launch v3/train_student_kd.py --size sd_small --channels 320,640,1280,1280   # on what Accelerate was told
-    accelerate launch v3/train_student_kd.py --shards data/shards   # WebDataset shards in place of COCO
+    accelerate launch v3/train_student_kd.py --shards data/shards --store 0   # WebDataset shards in place of COCO
 
 The loss is BK-SDM's (arXiv 2305.15798): task_weight MSE(student, noise) + kd_weight MSE(student, teacher)
 + feature_weight mean_k |(P_k f_k^student - f_k^teacher) / s_k|^2 over the blocks' outputs f_k, s_k the root mean squares of
 the teacher's channels, P_k a 1 x 1 projection where channels were sliced. The teacher counts as far as it knows more than a
-blind guess (`--weigh-teacher`). Step i draws its global batch from (seed, i), each process takes its share: their number
-changes nothing but the speed. With --shards it also changes which pictures meet in a batch, as each process reads its own.
+blind guess (`--weigh-teacher`). Its predictions are computed once, for `--store` K fixed draws of every picture; features
+(feature_weight is 0 by default) and shards take `--store 0`: its U-Net runs at every step. Step i draws its global batch from
+(seed, i), each process takes its share: their number changes the speed alone; with --shards, what meets in a batch too.
 """
 
 import importlib.util
@@ -72,9 +73,9 @@ class Settings:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
     task_weight: float = 1.0  # of the error against the noise
     kd_weight: float = 1.0  # of the error against the teacher's prediction
-    feature_weight: float = 0.1  # of the blocks' outputs; 0: none
+    feature_weight: float = 0.0  # of the blocks' outputs, with --store 0; 0: none
     weigh_teacher: bool = True  # believe the teacher at each noise level only as far as it knows more than a blind guess
-    store: int = 0  # fixed draws of each picture whose teacher predictions are cached (with --feature-weight 0); 0: none
+    store: int = 4  # draws of each picture whose teacher predictions are cached for all runs; 0: fresh draws
     feature_blocks: tuple[str, ...] = ()  # whose outputs are matched; none given: all that have the teacher's size
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema_decay: float = 0.999  # of the weights' moving average, which is what is evaluated and saved; 0: none
@@ -92,7 +93,7 @@ class Settings:
     eval_batch: int = 100  # pictures sampled at a time, by each process
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
-    cache: bool = True  # keep latents and caption embeddings; --no-cache encodes them at every step
+    cache: bool = True  # keep latents and caption embeddings; --no-cache --store 0 encodes them at every step
     cache_folder: str = "data/cache"  # seen from the repository: it serves all runs, and holds the evaluations' frozen side too
     cache_gb: float = 20.0  # at most this much for caption embeddings; the rest are encoded on the fly
     workers: int = 0  # processes that decode pictures; 0: this one
@@ -108,20 +109,19 @@ class Settings:
 
 MINI = dict(
     teacher="checkpoints/mini-teacher", data="data/mini", train_split="train", val_split="val", resolution=32,
-    out="checkpoints/v3-mini", channels=(64, 64, 16), steps=1_000, lr=2e-3, ema_decay=0.99,
-    features="effnet-lite0", guidance=3.0, eval_every=500, eval_samples=100, final_samples=1_000, cache_gb=0.5,
-    save_every=250,
+    out="checkpoints/v3-mini", channels=(64, 64, 16), steps=1_800, store=1, lr=2e-3, ema_decay=0.99,
+    features="effnet-lite0", guidance=3.0, eval_every=600, eval_samples=100, final_samples=1_000, cache_gb=0.5,
+    save_every=300,
 )
 
 
 def main(s: Settings):
     webdataset = importlib.util.find_spec("webdataset")
     require(webdataset or not s.shards, "--shards needs webdataset: pip install -r v3/requirements.txt")
-    require(s.cache or not s.store, "--store needs the cache: leave out --no-cache")
-    require(not s.store or not (s.feature_weight or s.shards), "--store holds no features and no shards; it needs "
-            "--feature-weight 0 and --data")
-    require(s.task_weight + s.kd_weight + s.feature_weight > 0, "--task-weight, --kd-weight and --feature-weight must not all "
-            "be 0")
+    require(s.cache or not s.store, "--store needs the cache: leave out --no-cache, or take fresh draws with --store 0")
+    require(not s.store or s.kd_weight and not (s.feature_weight or s.shards), "--store serves --kd-weight alone, without "
+            "--feature-weight and --shards: add --store 0")
+    require(s.task_weight + s.kd_weight + s.feature_weight > 0, "--task-weight, --kd-weight and --feature-weight are all 0")
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
     accelerator = start_accelerator(s.device, s.accumulate, s.track, s.out, s.compile)
