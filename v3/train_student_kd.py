@@ -8,7 +8,7 @@ The loss is BK-SDM's (arXiv 2305.15798): task_weight MSE(student, noise) + kd_we
 + feature_weight mean_k |(P_k f_k^student - f_k^teacher) / s_k|^2 over the blocks' outputs f_k, s_k the root mean squares of
 the teacher's channels, P_k a 1 x 1 projection where channels were sliced. The teacher counts as far as it knows more than a
 blind guess (`--weigh-teacher`). Its predictions are computed once, for `--store` K fixed draws of every picture; features
-(feature_weight is 0 by default) and shards take `--store 0`: its U-Net runs at every step. Step i draws its global batch from
+(feature_weight is 0 by default) and shards need its U-Net at every step: `--store 0`. Step i draws its global batch from
 (seed, i), each process takes its share: their number changes the speed alone; with --shards, what meets in a batch too.
 """
 
