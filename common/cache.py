@@ -344,8 +344,9 @@ class TeacherStore:
         self.seconds = 0.0  # that it took to make, now or in an earlier run
         teacher = pairs.teacher
         lowered = kept_dtype(teacher.unet)
+        batch_size = max(1, min(128, 2**21 // pairs.dataset.size_px**2))
         for k, dropout in enumerate(dropouts):
-            def produce(start, k=k, batch_size=128):
+            def produce(start, k=k):
                 for i in range(start, len(pairs), batch_size):
                     indices = np.arange(i, min(i + batch_size, len(pairs)))
                     batch = self.fixed(k, indices)
@@ -357,7 +358,7 @@ class TeacherStore:
             key = cache_key("store", teacher, pairs.dataset.fingerprint(), k, dropout, pairs.flip,
                             str(lowered), guidance)
             shape = (len(pairs), *pairs.latents[0].shape[1:])
-            array, made = cached_array(pairs.folder, f"teacher-{k}-{key}", shape, produce, "img")
+            array, made = cached_array(pairs.folder, f"teacher-{k}-{key}", shape, produce, "img", limit="--store")
             self.stored.append(array)
             self.seconds += made["seconds"]
 

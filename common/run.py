@@ -67,7 +67,9 @@ class Run:
             raise SystemExit(f"error: {path} is damaged, so the run cannot be resumed; begin anew in another --out") from None
         self.kernels, self.teacher_before = before.get("kernels", {}), before.get("teacher")
         changed = [name for name, value in now.items() if before.get(name) != value and name not in MAY_CHANGE]
-        require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones")
+        same = ", ".join(f"{name} = {before.get(name)}" for name in changed)
+        require(not changed, f"{out} was started with other settings ({', '.join(changed)}); resume it with the same ones: "
+                f"{same}")
 
     def create(self, data: str, teacher: str, dtype: torch.dtype):
         """Make the folder and write the settings. `data` and `teacher` are fingerprints, that of the teacher in the precision

@@ -378,7 +378,7 @@ def test_a_long_request_of_one_person_does_not_stop_another(address, visit):
     before = finished(hasty)
     patient.get_by_label("number input for Steps (0: the model's)").fill("200")
     patient.get_by_role("button", name="Draw").click()
-    patient.wait_for_function("document.querySelector('.pictures progress')?.value > 0")
+    patient.wait_for_function("document.querySelector('.pictures progress')?.value > 0", polling=100)  # frames may stop behind
     hasty.get_by_label("Caption").fill("a boat")
     changed(hasty, before)
     assert patient.locator(".pictures progress").count() == 3 and not sources(patient)
@@ -395,7 +395,7 @@ def test_more_than_a_queue_of_work_is_refused(serve, visit, tmp_path):
     first.get_by_label("number input for Steps (0: the model's)").fill("200")
     first.get_by_label("Four pictures each").check()
     first.get_by_role("button", name="Draw").click()
-    first.wait_for_function("document.querySelector('.pictures progress')?.value > 0")
+    first.wait_for_function("document.querySelector('.pictures progress')?.value > 0", polling=100)
     second.get_by_role("button", name="Draw").click()
     second.get_by_text("queue: 1/1").wait_for()
     third.get_by_role("button", name="Draw").click()

@@ -158,9 +158,9 @@ def train(small_set, tmp_path, endpoint, *more):
     return run_apart(
         "-c", IMPATIENT + TRAIN, "--teacher", TEACHER, "--data", small_set, "--train-split", "train", "--val-split", "val",
         "--resolution", "32", "--channels", "32,48,64", "--groups", "4", "--steps", "2", "--batch-size", "2", "--features",
-        "effnet-lite0", "--eval-every", "0", "--final-samples", "4", "--sample-steps", "2", "--no-cache", "--device", "cpu",
-        "--cache-folder", tmp_path / "cache", "--push-to-hub", "somebody/student", "--out", tmp_path / "run", *more,
-        env=environment_of(endpoint) | {"HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "home")})
+        "effnet-lite0", "--eval-every", "0", "--final-samples", "4", "--sample-steps", "2", "--no-cache", "--store", "0",
+        "--device", "cpu", "--cache-folder", tmp_path / "cache", "--push-to-hub", "somebody/student", "--out",
+        tmp_path / "run", *more, env=environment_of(endpoint) | {"HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "home")})
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ VERSIONS = {
     "v2.2 store": ("v2/2.2.py", "--channels", "64", "--store", "2"),
     "v2.2 no cache": ("v2/2.2.py", "--channels", "64", "--store", "0", "--no-cache"),
     "v3": ("v3/train_student_kd.py", "--channels", "32,48,64", "--feature-weight", "0.1", "--store", "0"),
-    "v3 shards": ("v3/train_student_kd.py", "--channels", "32,48,64", "--store", "0"),
+    "v3 shards": ("v3/train_student_kd.py", "--channels", "32,48,64", "--feature-weight", "0.1", "--store", "0"),
     "v3 store": ("v3/train_student_kd.py", "--channels", "32,48,64"),
     "v4": ("v4/4.py", "--channels", "64", "--trajectories", "12", "--teacher-steps", "1,1", "--passes", "2",
            "--also-passes", "1"),

@@ -156,7 +156,8 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, unb
     assert "--resume" in refusal(*arguments)
     newest = max(out.glob("checkpoint-????????")) / "trainer.pt"  # as if the disk had failed it
     newest.write_bytes(newest.read_bytes()[:10_000])
-    assert "other settings (lr)" in refusal(*arguments, "--resume", "--lr", "0.5", "--max-bad-steps", "7")
+    line = refusal(*arguments, "--resume", "--lr", "0.5", "--max-bad-steps", "7")
+    assert "other settings (lr)" in line and line.endswith("the same ones: lr = 0.001")
     done = run(*arguments, "--resume", "--max-bad-steps", "7")  # which may change
     assert done.returncode == 0 and "is broken" in done.stdout and "going on at step" in done.stdout, done.stderr[-2000:]
     want, found = load_file(whole / WEIGHTS), load_file(out / WEIGHTS)

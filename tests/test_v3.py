@@ -229,14 +229,18 @@ def test_two_processes_make_and_read_one_store(small_set, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
-def test_two_processes_that_share_the_states_train_as_one(small_set, cache, one_process, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("kind, own", [("fsdp", FEATURES), ("fsdp", STORE), ("deepspeed", FEATURES), ("deepspeed", STORE)])
+def test_two_processes_that_share_the_states_train_as_one(small_set, cache, one_process, tmp_path, monkeypatch, kind, own):
     if kind == "deepspeed":
         pytest.importorskip("deepspeed", reason="pip install deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "v3" / "configs" / f"{kind}.yaml"),
               "--mixed_precision", "no", str(ROOT / "tests" / "sharded.py")]
-    arguments = command(small_set, cache, tmp_path / "two")
+    arguments = command(small_set, cache, tmp_path / "two", *own)
+    if own is STORE:  # without projections the U-Net is the whole of what is trained
+        one_process = tmp_path / "one"
+        done = run(*command(small_set, cache, one_process, *own))
+        assert done.returncode == 0, done.stderr[-2000:]
     arguments[arguments.index("--device") + 1] = "auto"  # told to stay on the CPU, Accelerate leaves sharding out
     done = run_apart(*launch, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -281,6 +285,7 @@ def test_a_killed_and_resumed_run_ends_as_the_unbroken_one(small_set, cache, one
     (["--size", "sd_huge"], "--size"), (["--batch-size", "7", "--accumulate", "2"], "multiple"),
     (["--channels", "32,48"], "3 widths"), (["--shards", "nowhere"], "v3/data.py"),
     (["--feature-blocks", "mid_block"], "mid_block"), (["--store", "1"], "add --store 0"),
+    (["--feature-blocks", "mid_block", "--feature-weight", "0"], "--feature-weight 0.1 --store 0"),
     (["--feature-weight", "0", "--store", "1", "--shards", "nowhere"], "add --store 0"),
     (["--feature-weight", "0", "--store", "1", "--kd-weight", "0"], "add --store 0"),
     (["--feature-weight", "0", "--store", "1", "--no-cache"], "--store 0"),

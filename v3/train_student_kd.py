@@ -121,7 +121,8 @@ def main(s: Settings):
     require(s.cache or not s.store, "--store needs the cache: leave out --no-cache, or take fresh draws with --store 0")
     require(not s.store or s.kd_weight and not (s.feature_weight or s.shards), "--store serves --kd-weight alone, without "
             "--feature-weight and --shards: add --store 0")
-    require(s.task_weight + s.kd_weight + s.feature_weight > 0, "--task-weight, --kd-weight and --feature-weight are all 0")
+    require(s.task_weight + s.kd_weight + s.feature_weight > 0, "give --task-weight or --kd-weight more than 0")
+    require(s.feature_weight or not s.feature_blocks, "--feature-blocks needs features: --feature-weight 0.1 --store 0")
     if s.mixed_precision:  # DeepSpeed reads it there
         os.environ["ACCELERATE_MIXED_PRECISION"] = s.mixed_precision
     accelerator = start_accelerator(s.device, s.accumulate, s.track, s.out, s.compile)
@@ -170,7 +171,7 @@ def main(s: Settings):
                                 max_broken=s.max_broken, **options)
     accelerator.print(summary(student, teacher, batches, evaluator))
     fitness = measure_fitness(teacher, evaluator)
-    effect = "KD and features count less there" if s.weigh_teacher else "KD and features teach what is wrong there"
+    effect = "its losses count less there" if s.weigh_teacher else "its losses teach what is wrong there"
     accelerator.print(fitness.describe(s.resolution, effect))
     knowledge = fitness.knowledge(noise_scheduler, s.weigh_teacher).to(accelerator.device)  # (timesteps,) in 0..1
     empty = batches.empty
@@ -211,15 +212,14 @@ def main(s: Settings):
                 batch = batches.draw(step, s.caption_dropout, part=part, parts=s.accumulate)
                 noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
                 with trainer.autocast():
-                    teacher_pred, teacher_features = batch.teacher_pred, {}
+                    teacher_pred = batch.teacher_pred
                     if teacher_pred is None:
                         with torch.no_grad():
                             teacher_pred = predict_noise(teacher.unet, noisy, batch) if distils else batch.noise
                     known = knowledge[batch.timesteps].view(-1, 1, 1, 1)
                     if with_features:
-                        teacher_features = with_features.teacher_hooks.take()
-                        noise_pred, feature_loss = trainer.model(
-                            noisy, batch.timesteps, batch.encoder_hidden_states, teacher_features, known)
+                        noise_pred, feature_loss = trainer.model(noisy, batch.timesteps, batch.encoder_hidden_states,
+                                                                 with_features.teacher_hooks.take(), known)
                     else:
                         noise_pred = predict_noise(trainer.model, noisy, batch)
                         feature_loss = noise_pred.new_zeros(())
