@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.coco import CocoCaptions, images
 from common.files import fingerprint, full_disk_is_one_line, read_kept, read_tensors, reserve, write_atomically
 from common.precision import autocast, kept_dtype
-from common.sampling import encode_captions, encode_images, upload
+from common.sampling import encode_captions, encode_images, images_at_once, upload
 from common.settings import require
 
 # Raise it with every change of the code that changes what is computed from the same inputs, and make the embedded teacher's
@@ -344,7 +344,7 @@ class TeacherStore:
         self.seconds = 0.0  # that it took to make, now or in an earlier run
         teacher = pairs.teacher
         lowered = kept_dtype(teacher.unet)
-        batch_size = max(1, min(128, 2**21 // pairs.dataset.size_px**2))
+        batch_size = min(128, images_at_once(pairs.dataset.size_px, pairs.dataset.size_px))
         for k, dropout in enumerate(dropouts):
             def produce(start, k=k):
                 for i in range(start, len(pairs), batch_size):
